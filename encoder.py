@@ -1,0 +1,201 @@
+"""Byte-level BPE, GPT-2's tokenizer: text to token ids and back, and the training that makes its two tables.
+
+Text is cut into words, each word into its UTF-8 bytes, and neighbouring parts are merged, the pair that training found
+most often first (Sennrich et al. 2016; GPT-2 paper, section 2.2). Any string has an encoding, and it decodes to itself.
+"""
+
+import codecs
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import regex
+
+END_OF_TEXT = "<|endoftext|>"
+# Contractions, letters, digits, other signs (each with one space before), and the spaces left over.
+WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 65_536, 64
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The tables' alphabet, each byte as a visible character (a space is Ġ), in the order of GPT-2's first 256 ids."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+BYTE_ENCODER = bytes_to_unicode()
+BYTE_DECODER = {character: byte for byte, character in BYTE_ENCODER.items()}
+
+
+def split_words(text: str) -> list[str]:
+    """Cut text into what is merged on its own. Lone surrogates, which UTF-8 cannot hold, are read as U+FFFD."""
+    if not text.isascii():
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return WORD.findall(text)
+
+
+def split_bytes(word: str) -> list[str]:
+    """The UTF-8 bytes of `word`, each as its character of the alphabet."""
+    return list(word.encode().decode("latin-1").translate(BYTE_ENCODER))
+
+
+class Encoder:
+    """The tokenizer of one model.
+
+    `encoder` maps tokens, in the alphabet of `bytes_to_unicode`, to ids from 0 to n - 1; `bpe_merges` are pairs of
+    tokens, the first to merge first; `errors` is as in `bytes.decode`. Tables that do not fit raise ValueError.
+    """
+
+    def __init__(self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace") -> None:
+        self.encoder = encoder
+        self.decoder = {i: token for token, i in encoder.items()}
+        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
+        self.errors = errors
+        self.eot_id = encoder.get(END_OF_TEXT)  # None in a vocabulary without it
+        self._cache: dict[str, list[int]] = {}
+        if self.decoder.keys() != set(range(len(encoder))):
+            raise ValueError("the vocabulary's ids must be 0, 1, 2 and so on, each once")
+        for a, b in self.bpe_ranks:
+            if a + b not in encoder or a not in encoder or b not in encoder:
+                raise ValueError(f"the merge of {a!r} and {b!r} names a token that is not in the vocabulary")
+        if missing := BYTE_DECODER.keys() - encoder.keys():
+            raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 single bytes: {''.join(sorted(missing))}")
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The token ids of `text`. `<|endoftext|>` is ordinary text in it, or with `allow_special` the one token."""
+        if allow_special and self.eot_id is not None:
+            first, *rest = text.split(END_OF_TEXT)
+            return self.encode(first) + [i for part in rest for i in (self.eot_id, *self.encode(part))]
+        ids: list[int] = []
+        for word in split_words(text):
+            if (word_ids := self._cache.get(word)) is None:
+                word_ids = self._encode_word(word)
+                if len(self._cache) >= MAX_CACHED_WORDS:
+                    self._cache.clear()
+                if len(word) <= MAX_CACHED_LENGTH:
+                    self._cache[word] = word_ids
+            ids += word_ids
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Merge the bytes of `word`: of all pairs of neighbours the lowest rank first, everywhere from left to right.
+
+        The parts are a linked list and the pairs wait in a heap, so that n bytes take O(n log n) and not O(n^2).
+        """
+        parts: list[str | None] = [*split_bytes(word)]  # None where a part has joined the one to its left
+        n = len(parts)
+        previous, following = list(range(-1, n - 1)), list(range(1, n + 1))
+        ranks = self.bpe_ranks
+        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, merged = heap[0][0], []
+            while heap and heap[0][0] == rank:
+                i = heapq.heappop(heap)[1]
+                j = following[i]
+                if j == n or ranks.get((parts[i], parts[j])) != rank:
+                    continue  # a merge since then took one of the two
+                parts[i], parts[j] = parts[i] + parts[j], None
+                following[i] = following[j]
+                if following[j] < n:
+                    previous[following[j]] = i
+                merged.append(i)
+            for i in merged:
+                for left, right in ((previous[i], i), (i, following[i])):
+                    if left >= 0 and right < n and (pair := (parts[left], parts[right])) in ranks:
+                        heapq.heappush(heap, (ranks[pair], left))
+        return [self.encoder[part] for part in parts if part is not None]
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that the token with id `i` stands for; ValueError if there is none."""
+        if i not in self.decoder:
+            raise ValueError(f"token id {i} is not in the vocabulary, whose ids are 0 to {len(self.decoder) - 1}")
+        return bytes(BYTE_DECODER[character] for character in self.decoder[i])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; ValueError for an id that is not in the vocabulary."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", self.errors)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of `ids` in pieces: each character as soon as its last byte is there."""
+        decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
+        for i in ids:
+            yield decoder.decode(self.token_bytes(i))
+        yield decoder.decode(b"", final=True)
+
+
+def get_encoder(model_name: str, models_dir: str = "models") -> Encoder:
+    """The tokenizer of a model, from its `encoder.json` and `vocab.bpe`; those of a released model are downloaded."""
+    from utils import TOKENIZER_FILES, find_model, read_encoder
+
+    return read_encoder(find_model(model_name, models_dir, TOKENIZER_FILES))
+
+
+def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Learn the tables of `Encoder` from `text`: 256 bytes, n_vocab - 257 merges in rank order, then `<|endoftext|>`.
+
+    Each merges the most frequent pair, of several the alphabetically first. ValueError if the text has too few.
+    """
+    if n_vocab < 257:
+        raise ValueError(f"n_vocab must be at least 257 (256 bytes and {END_OF_TEXT}), not {n_vocab}")
+    found = Counter(split_words(text))
+    words, frequencies = [split_bytes(word) for word in found], list(found.values())
+    counts = Counter()  # pair -> how often the text has it
+    places = defaultdict(set)  # pair -> the words that have, or once had, it
+    for i, pair in ((i, pair) for i, word in enumerate(words) for pair in pairwise(word)):
+        counts[pair] += frequencies[i]
+        places[pair].add(i)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while len(merges) < n_vocab - 257:
+        if not heap:
+            raise ValueError(f"the text has pairs for {257 + len(merges)} tokens only, not for n_vocab = {n_vocab}")
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair] or not count:
+            continue  # the count has changed since; the heap has the pair with its new one too
+        merges.append(pair)
+        changed = set()
+        for i in places.pop(pair):
+            old, words[i] = words[i], merge_pair(words[i], pair)
+            for parts, change in ((old, -frequencies[i]), (words[i], frequencies[i])):
+                for near in pairwise(parts):
+                    counts[near] += change
+                    places[near].add(i)
+                    changed.add(near)
+        for near in changed:
+            heapq.heappush(heap, (-counts[near], near))
+    tokens = [*BYTE_DECODER, *(a + b for a, b in merges), END_OF_TEXT]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """`parts` with each occurrence of `pair`, from left to right, as one."""
+    merged = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:  # a part that was merged is longer than pair[0], so not again
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def main(text: str, model_size: str = "124M", models_dir: str = "models") -> None:
+    """Show the tokens of TEXT, one a line: its id, then its text in quotes.
+
+    --model_size 124M     the model whose tokenizer to use: a name in models_dir, or a directory
+    --models_dir models   where the models are
+    """
+    encoder = get_encoder(model_size, models_dir)
+    for i in encoder.encode(text):
+        part = encoder.token_bytes(i)
+        whole = part.decode("utf-8", "replace")
+        print(f"{i:6} {(whole if whole.encode() == part else part)!r}")
+
+
+if __name__ == "__main__":
+    from cli import run
+
+    run(main)

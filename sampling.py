@@ -1,0 +1,94 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p. Pure functions over the last axis, [..., n_vocab].
+
+A token that is ruled out has the logit -inf, so that one filter can follow another.
+"""
+
+import math
+from numbers import Integral, Real
+
+import numpy as np
+
+
+def greedy(logits: np.ndarray) -> np.ndarray:
+    """The likeliest token, of equal ones the first: [..., n_vocab] -> ids [...]."""
+    return np.argmax(logits, axis=-1)
+
+
+def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Sharpen (temperature < 1) or flatten (> 1) the distribution: [..., n_vocab] -> [..., n_vocab], the largest now 0.
+
+    Temperature 0 is the limit: all but the first of the largest are ruled out.
+    """
+    if temperature == 0:
+        best = np.arange(logits.shape[-1]) == greedy(logits)[..., None]
+        return np.where(best, logits - logits, -np.inf)
+    with np.errstate(over="ignore"):  # at a tiny temperature all but the largest become -inf: that is the limit
+        below_best = logits - logits.max(axis=-1, keepdims=True)
+        return np.divide(below_best, temperature, dtype=np.float64).astype(logits.dtype)
+
+
+def apply_top_k(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """Keep the tokens whose logit is at least the k-th largest, equals included; 0 keeps all (Fan et al. 2018)."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    kth_largest = np.partition(logits, -top_k, axis=-1)[..., -top_k, None]
+    return np.where(logits >= kth_largest, logits, -np.inf)
+
+
+def apply_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
+    """Keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all (Holtzman et al. 2020).
+
+    The token that crosses p is kept, so at least one is; of equal tokens those with the lower ids come first.
+    """
+    if top_p >= 1:
+        return logits
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    reached = np.cumsum(np.take_along_axis(to_probabilities(logits), order, axis=-1), axis=-1)
+    kept = np.ones(logits.shape, dtype=bool)
+    np.put_along_axis(kept, order[..., 1:], reached[..., :-1] < top_p, axis=-1)  # those before it are short of p
+    return np.where(kept, logits, -np.inf)
+
+
+def to_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax in float64, where 50,257 probabilities add up to 1 to 13 digits."""
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def sample(
+    logits: np.ndarray, rng: np.random.Generator, temperature: float = 0, top_k: int = 0, top_p: float = 1
+) -> np.ndarray:
+    """Choose the next token: [..., n_vocab] -> ids [...]. Raises ValueError for logits that are NaN.
+
+    Greedy at temperature 0, else one draw from `rng` a row, by inversion of the cumulative distribution.
+    """
+    if np.isnan(logits.max(axis=-1)).any():
+        raise ValueError("the model's logits are not numbers (NaN): its weights are damaged, or not a GPT-2's")
+    if temperature == 0:
+        return greedy(logits)
+    largest = float(np.finfo(np.float32).max)
+    logits = np.clip(logits, -largest, largest, dtype=np.float64)  # the difference of two infinities would be NaN
+    logits = apply_top_p(apply_top_k(apply_temperature(logits, temperature), top_k), top_p)
+    cumulative = np.cumsum(to_probabilities(logits), axis=-1)
+    draw = rng.random(cumulative.shape[:-1])[..., None] * cumulative[..., -1:]
+    return np.argmax(cumulative > draw, axis=-1)
+
+
+def check_count(name: str, value: int, least: int = 0) -> None:
+    """Raise ValueError if `value` is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
+
+
+def check_options(temperature: float, top_k: int, top_p: float, seed: int | None) -> None:
+    """Raise ValueError, naming the option, where one of the options of `sample` makes no sense."""
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a number, not {value!r}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    check_count("top_k", top_k)
+    if seed is not None:
+        check_count("seed", seed)
