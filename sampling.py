@@ -42,10 +42,12 @@ def apply_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     """
     if top_p >= 1:
         return logits
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    reached = np.cumsum(np.take_along_axis(to_probabilities(logits), order, axis=-1), axis=-1)
-    kept = np.ones(logits.shape, dtype=bool)
-    np.put_along_axis(kept, order[..., 1:], reached[..., :-1] < top_p, axis=-1)  # those before it are short of p
+    ordered = -np.sort(-logits, axis=-1)
+    reached = np.cumsum(to_probabilities(ordered), axis=-1)
+    n_kept = 1 + (reached[..., :-1] < top_p).sum(axis=-1, keepdims=True)  # those whose forerunners fall short of p
+    least = np.take_along_axis(ordered, n_kept - 1, axis=-1)
+    above, equal = logits > least, logits == least
+    kept = above | (equal & (np.cumsum(equal, axis=-1) <= n_kept - above.sum(axis=-1, keepdims=True)))
     return np.where(kept, logits, -np.inf)
 
 
@@ -62,12 +64,13 @@ def sample(
 
     Greedy at temperature 0, else one draw from `rng` a row, by inversion of the cumulative distribution.
     """
-    if np.isnan(logits.max(axis=-1)).any():
+    largest = logits.max(axis=-1, keepdims=True)
+    if np.isnan(largest).any():
         raise ValueError("the model's logits are not numbers (NaN): its weights are damaged, or not a GPT-2's")
     if temperature == 0:
         return greedy(logits)
-    largest = float(np.finfo(np.float32).max)
-    logits = np.clip(logits, -largest, largest, dtype=np.float64)  # the difference of two infinities would be NaN
+    # In float64, with +inf as the largest float32 and rows of -inf as zeros, no difference of two logits is NaN.
+    logits = np.minimum(np.where(largest == -np.inf, 0, logits), np.finfo(np.float32).max, dtype=np.float64)
     logits = apply_top_p(apply_top_k(apply_temperature(logits, temperature), top_k), top_p)
     cumulative = np.cumsum(to_probabilities(logits), axis=-1)
     draw = rng.random(cumulative.shape[:-1])[..., None] * cumulative[..., -1:]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import Encoder
+from encoder import BYTE_DECODER, END_OF_TEXT, Encoder
 
 RELEASED = ("124M", "355M", "774M", "1558M")
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
@@ -101,6 +101,9 @@ def read_encoder(directory: Path) -> Encoder:
             raise ValueError(f"{directory / 'vocab.bpe'} is damaged: {' '.join(merge)!r} is not a merge of two tokens")
     if not all(type(i) is int for i in encoder.values()):
         raise ValueError(f"{directory / 'encoder.json'} is damaged: it must map tokens to whole numbers")
+    made = {a + b for a, b in merges} | BYTE_DECODER.keys() | {END_OF_TEXT}
+    if orphans := encoder.keys() - made:
+        raise ValueError(f"{directory}: vocab.bpe ends too early: it has no merge that makes {min(orphans)!r}")
     try:
         return Encoder(encoder, merges)
     except ValueError as error:

@@ -1,0 +1,88 @@
+import functools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from encoder import Encoder
+from helpers import DATA_PLACES, TINY, random_params, tiny_tables, write_checkpoint, write_model
+from utils import checkpoint_name, flatten, read_encoder
+
+settings.register_profile("noisy machines", deadline=None)
+settings.load_profile("noisy machines")
+
+
+def released_tensors(params):
+    """The tensors of `params` with the names and shapes of the released checkpoints."""
+    return {
+        name: array[None] if array.ndim == 2 and name.endswith("/w") else array
+        for name, array in flatten(params, checkpoint_name).items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder():
+    return Encoder(*tiny_tables())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_params):
+    """The path of a complete model directory; for reading only."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_params)
+
+
+@pytest.fixture(scope="session")
+def tiny_tensors(tiny_params):
+    return released_tensors(tiny_params)
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory, tiny_tensors):
+    """The path of a directory that a mirror serves: a small model in the released layout, under the name 124M."""
+    return write_checkpoint(tmp_path_factory.mktemp("mirror") / "124M", tiny_tensors).parent
+
+
+@pytest.fixture(scope="session")
+def gpt2_encoder():
+    """The released tokenizer, where its two files are at hand."""
+    for place in DATA_PLACES:
+        if (place / "encoder.json").is_file() and (place / "vocab.bpe").is_file():
+            return read_encoder(place)
+    pytest.skip("GPT-2's encoder.json and vocab.bpe are not here")
+
+
+@pytest.fixture
+def mirror(released, monkeypatch):
+    """A server of `released`, named in GPT2_BASE_URL; its `requests` are the paths that were asked for."""
+    requests = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *args):
+            requests.append(self.path)
+
+        def log_error(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(released)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("GPT2_BASE_URL", url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield SimpleNamespace(url=url, requests=requests)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

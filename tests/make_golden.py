@@ -1,0 +1,93 @@
+"""Make tests/golden.npz: logits of transformers' GPT2LMHeadModel, for comparison where PyTorch is not installed.
+
+    python tests/make_golden.py        # needs requirements-reference.txt
+
+The weights and inputs are drawn again from their seeds, by a generator whose numbers NumPy has promised not to change.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PATH = Path(__file__).with_name("golden.npz")
+
+
+class Case(NamedTuple):
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_ctx: int
+    n_seq: int
+    n_vocab: int = 300
+
+    @property
+    def hparams(self) -> dict:
+        return {name: getattr(self, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+
+    @property
+    def seed(self) -> int:
+        return self.n_layer * 1000 + self.n_seq
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the logits are kept: at the beginning, in the middle and at the end."""
+        return sorted({0, self.n_seq // 2, self.n_seq - 1})
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+CASES = [
+    Case(1, 48, 1, 16, 1),
+    Case(1, 48, 3, 16, 16),
+    Case(2, 48, 12, 64, 33),
+    Case(12, 96, 6, 64, 64),
+    Case(3, 192, 4, 1024, 1000),
+    Case(2, 768, 12, 128, 100),
+]
+
+
+def inputs_of(case: Case) -> np.ndarray:
+    return np.random.RandomState(case.seed).randint(0, case.n_vocab, case.n_seq)
+
+
+@functools.cache
+def golden() -> dict[str, np.ndarray]:
+    with np.load(PATH) as arrays:
+        return dict(arrays)
+
+
+def reference_model(hparams: dict, params: dict):
+    """transformers' GPT-2 with the weights `params`."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from utils import flatten, tensor_name
+
+    sizes = {name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"], **sizes)).eval()
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in flatten(params, tensor_name).items()}
+    model.transformer.load_state_dict(tensors)
+    model.tie_weights()
+    return model
+
+
+def main() -> None:
+    import torch
+
+    from helpers import random_params
+
+    logits = {}
+    for case in CASES:
+        model = reference_model(case.hparams, random_params(case.hparams, case.seed))
+        with torch.no_grad():
+            logits[str(case)] = model(torch.tensor(inputs_of(case))[None]).logits[0].numpy()[case.positions]
+    np.savez_compressed(PATH, **logits)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(PATH.parent.parent))
+    main()

@@ -1,0 +1,278 @@
+import ast
+import random
+from itertools import pairwise
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from encoder import BYTE_DECODER, END_OF_TEXT, WORD, Encoder, bytes_to_unicode, get_encoder, split_bytes, train_bpe
+from helpers import SHAKESPEARE, run, tiny_tables
+
+HARD_STRINGS = [
+    "",
+    " ",
+    "hello world",
+    "I'm you've he'll she'd it's we're can't 'tis I'M YOU'VE O''Neil 's",
+    "   three spaces, and more    \t\ttabs \n\n\nnewlines \r\n carriage  ",
+    " \n \t x",
+    "no\u00a0break\u2003em\u3000ideographic\u200bzero\x1c\x85separators",
+    "0000000000000000 1234567890 3.14 ½ ² Ⅷ ٣ १२३",
+    "!!!??? #$%&'()*+,-./:;<=>?@[\\]^_`{|}~ …—“”",
+    "日本語のテキスト、中文字符。 한국어 텍스트",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷 😀😀😀",
+    "e\u0301 a\u0308\u0323 Z\u0351\u036b\u0343 क्षि นี้",
+    "אבגד שלום عربي مرحبا ١٢٣ \u202eabc\u202c",
+    "".join(map(chr, range(256))),
+    "ĠĊŃ the alphabet of the tables itself",
+    "<|endoftext|> <|endoftext|><|endoftext|>",
+    "a" * 1000,
+    " " * 1000,
+    "ab" * 500 + "ba" * 500,
+    "antidisestablishmentarianism Llanfairpwllgwyngyll",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # comment\n",
+    "\ufeff\ufffe\uffff\U0010ffff\x00",
+]
+# Every release of Unicode gives unassigned code points their categories, and the two libraries' releases may differ.
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs"]))
+
+
+def with_tiktoken(encoder):
+    """OpenAI's tiktoken on the same tables."""
+    ranks = {bytes(BYTE_DECODER[c] for c in token): i for token, i in encoder.encoder.items() if token != END_OF_TEXT}
+    special_tokens = {END_OF_TEXT: encoder.eot_id}
+    return tiktoken.Encoding("gpt2", pat_str=WORD.pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+@pytest.fixture(scope="module", params=["released tables", "trained tables"])
+def encoder(request):
+    return request.getfixturevalue("gpt2_encoder" if request.param == "released tables" else "tiny_encoder")
+
+
+@pytest.fixture(scope="module")
+def reference(encoder):
+    return with_tiktoken(encoder)
+
+
+def test_the_alphabet_is_256_different_visible_characters():
+    alphabet = bytes_to_unicode()
+    assert sorted(alphabet) == list(range(256))
+    assert len(set(alphabet.values())) == 256
+    assert all(character.isprintable() and not character.isspace() for character in alphabet.values())
+    assert [alphabet[ord(c)] for c in " \nA!"] == ["Ġ", "Ċ", "A", "!"]
+
+
+@pytest.mark.parametrize("text", HARD_STRINGS)
+def test_hard_strings_have_the_ids_of_tiktoken_and_come_back(encoder, reference, text):
+    ids = encoder.encode(text)
+    assert ids == reference.encode(text, disallowed_special=())
+    assert encoder.decode(ids) == text
+
+
+@given(text=TEXT)
+def test_any_text_has_the_ids_of_tiktoken_and_comes_back(encoder, reference, text):
+    ids = encoder.encode(text)
+    assert ids == reference.encode(text, disallowed_special=())
+    assert encoder.decode(ids) == text
+
+
+@given(data=st.binary())
+def test_any_bytes_come_back_as_they_decode(encoder, data):
+    text = data.decode("utf-8", "replace")
+    assert encoder.decode(encoder.encode(text)) == text
+
+
+def test_all_of_shakespeare_has_the_ids_of_tiktoken(encoder, reference):
+    if not SHAKESPEARE.is_file():
+        pytest.skip("the Shakespeare text is not here")
+    text = SHAKESPEARE.read_text(encoding="utf-8")
+    ids = encoder.encode(text)
+    assert ids == reference.encode(text)
+    assert encoder.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        (
+            "Alan Turing theorized that computers would one day become",
+            [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716],
+        ),
+        ("hello world", [31373, 995]),
+        ("0" * 16, [25645]),
+        ("0" * 17, [8269, 10535, 830]),
+    ],
+)
+def test_known_encodings_of_gpt2(gpt2_encoder, text, ids):
+    assert gpt2_encoder.encode(text) == ids
+
+
+def test_end_of_text_is_ordinary_text_unless_allowed(gpt2_encoder):
+    assert gpt2_encoder.encode("hello <|endoftext|>", allow_special=True) == [31373, 220, 50256]
+    assert 50256 not in gpt2_encoder.encode("hello <|endoftext|>")
+    assert gpt2_encoder.encode("<|endoftext|>a<|endoftext|>", allow_special=True) == [50256, 64, 50256]
+    assert gpt2_encoder.decode([31373, 50256]) == "hello<|endoftext|>"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\udcff\udcfe", "\ud83d\ude00", "\ude00\ud83d"])
+def test_lone_surrogates_become_replacement_characters(encoder, reference, text):
+    assert encoder.encode(text) == reference.encode(text)
+    assert encoder.decode(encoder.encode(text)) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def merge_everywhere(parts, ranks):
+    """The published algorithm as it stands: find the best pair, merge it everywhere, start again."""
+    while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+        best = min(pairs, key=ranks.get)
+        merged = []
+        for part in parts:
+            if merged and (merged[-1], part) == best:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        parts = merged
+    return parts
+
+
+@given(st.integers(0, 10**9), st.text("abcd", max_size=40))
+def test_any_table_of_merges_is_followed_as_published(seed, word):
+    """Also one that makes a token in two ways, and where a merge makes possible one of a lower rank."""
+    rng = random.Random(seed)
+    tokens, merges = list("abcd"), []
+    for _ in range(rng.randint(0, 25)):
+        pair = rng.choice(tokens), rng.choice(tokens)
+        if pair not in merges:
+            merges.append(pair)
+            tokens.append("".join(pair))
+    rng.shuffle(merges)
+    vocabulary = dict.fromkeys([*BYTE_DECODER, *map("".join, merges)])
+    encoder = Encoder({token: i for i, token in enumerate(vocabulary)}, merges)
+    expected = merge_everywhere(list(word), encoder.bpe_ranks) if word else []
+    assert encoder.encode(word) == [encoder.encoder[part] for part in expected]
+
+
+def test_a_long_word_does_not_take_quadratic_time(gpt2_encoder):
+    class CountedRanks(dict):
+        lookups = 0
+
+        def __contains__(self, pair):
+            self.lookups += 1
+            return super().__contains__(pair)
+
+        def get(self, pair):
+            self.lookups += 1
+            return super().get(pair)
+
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
+    encoder = Encoder(gpt2_encoder.encoder, gpt2_encoder.bpe_ranks)
+    encoder.bpe_ranks = CountedRanks(encoder.bpe_ranks)
+    assert encoder.decode(encoder.encode(letters)) == letters
+    assert encoder.bpe_ranks.lookups < 10 * len(letters)
+
+
+def test_the_memory_of_words_is_bounded(tiny_encoder, monkeypatch):
+    encoder = Encoder(*tiny_tables())
+    monkeypatch.setattr("encoder.MAX_CACHED_WORDS", 10)
+    text = " ".join(map(str, range(1000))) + " " + "x" * 1000
+    assert encoder.encode(text) == tiny_encoder.encode(text)
+    assert len(encoder._cache) <= 10
+    assert "x" * 1000 not in encoder._cache
+
+
+@given(text=TEXT)
+def test_text_is_streamed_in_whole_characters(encoder, text):
+    pieces = list(encoder.decode_stream(encoder.encode(text)))
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stream_cut_inside_a_character_ends_as_decode_does(tiny_encoder):
+    ids = [tiny_encoder.encoder[c] for c in split_bytes("a你")[:-1]]
+    assert list(tiny_encoder.decode_stream(ids)) == ["a", "", "", "\ufffd"]
+    assert tiny_encoder.decode(ids) == "a\ufffd"
+    assert Encoder(*tiny_tables(), errors="ignore").decode(ids) == "a"
+
+
+@pytest.mark.parametrize("i", [-1, 300, 10**9])
+def test_ids_outside_the_vocabulary_are_refused(tiny_encoder, i):
+    with pytest.raises(ValueError, match=rf"{i} .* 0 to 299"):
+        tiny_encoder.decode([0, i])
+
+
+def test_tables_that_do_not_fit_together_are_refused():
+    encoder, merges = tiny_tables()
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        Encoder(encoder, [*merges, ("Ġ", "never")])
+    with pytest.raises(ValueError, match="0, 1, 2"):
+        Encoder(encoder | {"one more": 7}, merges)
+    with pytest.raises(ValueError, match="single bytes"):
+        Encoder({"a": 0, "b": 1}, [])
+
+
+def test_training_learns_the_most_frequent_pairs_first():
+    encoder, merges = train_bpe("aaab aaab aaab cb cb", 261)
+    assert merges == [("a", "a"), ("a", "b"), ("aa", "ab"), ("c", "b")]
+    assert list(encoder)[:256] == list(BYTE_DECODER)
+    assert list(encoder)[256:] == [*("".join(pair) for pair in merges), END_OF_TEXT]
+    assert list(encoder.values()) == list(range(261))
+
+
+def recount_training(words, n_merges):
+    """Byte-pair training with nothing remembered: count all pairs, merge the first of the most frequent, again."""
+    merges = []
+    for _ in range(n_merges):
+        counts = {}
+        for word in words:
+            for pair in pairwise(word):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        words = [merge_everywhere(word, {best: 0}) for word in words]
+    return merges
+
+
+@given(st.text("ab ", min_size=30, max_size=200))
+def test_training_is_the_same_as_counting_anew_each_time(text):
+    words = [split_bytes(word) for word in WORD.findall(text)]
+    n_merges = 0
+    try:
+        train_bpe(text, 10_000)
+    except ValueError as error:  # it says how many there can be
+        n_merges = int(str(error).split()[5]) - 257
+    encoder, merges = train_bpe(text, 257 + n_merges)
+    assert merges == recount_training(words, n_merges)
+    assert len(encoder) == 257 + n_merges
+    assert Encoder(encoder, merges).decode(Encoder(encoder, merges).encode(text)) == text
+
+
+def test_training_makes_as_many_tokens_as_asked_for_and_they_shorten_the_text():
+    encoder, merges = tiny_tables(600)
+    assert len(encoder) == 600
+    assert len(merges) == 600 - 257
+    text = "def encode(self, text: str) -> list[int]:"
+    assert len(Encoder(encoder, merges).encode(text)) < len(text) / 2
+
+
+def test_training_with_more_tokens_than_the_text_has_pairs_for_is_refused():
+    assert len(train_bpe("", 257)[0]) == 257
+    with pytest.raises(ValueError, match="258 tokens only"):
+        train_bpe("ab", 300)
+    with pytest.raises(ValueError, match="at least 257"):
+        train_bpe("ab", 256)
+
+
+def test_get_encoder_reads_the_tables_of_a_model(tiny_model, tiny_encoder):
+    encoder = get_encoder("tiny", str(tiny_model.parent))
+    assert encoder.encoder == tiny_encoder.encoder
+    assert encoder.bpe_ranks == tiny_encoder.bpe_ranks
+
+
+def test_the_command_line_shows_tokens_beside_their_ids(tiny_model, tiny_encoder):
+    text = "def é\n"
+    result = run("encoder.py", text, "--model_size", str(tiny_model), env={"PYTHONIOENCODING": "utf-8"})
+    ids, shown = zip(*(line.split(maxsplit=1) for line in result.stdout.decode().splitlines()), strict=True)
+    assert list(map(int, ids)) == tiny_encoder.encode(text)
+    assert shown[-3:] == (r"b'\xc3'", r"b'\xa9'", r"'\n'")
+    parts = map(ast.literal_eval, shown)
+    assert b"".join(part if isinstance(part, bytes) else part.encode() for part in parts) == text.encode()

@@ -1,0 +1,379 @@
+import inspect
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpt2 as module
+from gpt2 import (
+    attention,
+    ffn,
+    gelu,
+    generate,
+    gpt2,
+    hidden_states,
+    layer_norm,
+    linear,
+    mha,
+    new_cache,
+    softmax,
+    stream,
+    transformer_block,
+    until,
+)
+from helpers import TINY, random_params
+from make_golden import CASES, golden, inputs_of
+from utils import map_leaves
+
+N_HEAD, N_VOCAB, N_CTX, N_EMBD = (TINY[name] for name in ("n_head", "n_vocab", "n_ctx", "n_embd"))
+TOLERANCE = 1e-4  # of the range of the logits: the bound that this project promises
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """Equal up to a part of the range of what is expected."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * np.ptp(expected)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(1).integers(0, N_VOCAB, 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def logits(ids, tiny_params):
+    return gpt2(ids, **tiny_params, n_head=N_HEAD)
+
+
+# The functions
+
+
+def test_gelu_is_the_tanh_form():
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    expected = [0.5 * t * (1 + math.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3))) for t in x.tolist()]
+    np.testing.assert_allclose(gelu(x), expected, atol=1e-6)
+
+
+def test_softmax_is_a_distribution_also_where_exp_overflows():
+    x = np.array([[1000.0, 1000.0, 0.0], [-1000.0, 0.0, math.log(3)]], dtype=np.float32)
+    np.testing.assert_allclose(softmax(x), [[0.5, 0.5, 0], [0, 0.25, 0.75]], atol=1e-7)
+
+
+def test_layer_norm_has_mean_b_and_deviation_g():
+    x = np.random.default_rng(0).normal(5, 3, (4, 200)).astype(np.float32)
+    normed = layer_norm(x, g=np.float32(2) * np.ones(200, np.float32), b=np.ones(200, np.float32))
+    np.testing.assert_allclose(normed.mean(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(normed.std(-1), 2, atol=1e-4)
+    # A constant row has no deviation: eps keeps it from dividing by zero, and is inside the root.
+    assert layer_norm(np.full((1, 2), 7, np.float32), g=1, b=0).tolist() == [[0, 0]]
+    assert layer_norm(np.array([[-1.0, 1.0]]), g=1, b=0, eps=3)[0, 1] == 0.5
+
+
+def test_linear_is_one_product_for_all_leading_axes():
+    rng = np.random.default_rng(0)
+    x, w, b = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 5)), rng.normal(size=5)
+    np.testing.assert_allclose(linear(x, w, b), np.einsum("bsi,io->bso", x, w) + b)
+    np.testing.assert_allclose(linear(x[0, 0], w, b), x[0, 0] @ w + b)
+
+
+def test_attention_sees_no_position_after_its_own():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 6, 8))
+    mask = (1 - np.tri(6)) * -1e10
+    whole = attention(q, k, v, mask)
+    for i in range(6):
+        weights = np.exp(q[i] @ k[: i + 1].T / math.sqrt(8))
+        np.testing.assert_allclose(whole[i], weights / weights.sum() @ v[: i + 1])
+
+
+def test_mha_is_each_head_on_its_own(tiny_params):
+    x = np.random.default_rng(0).normal(size=(7, N_EMBD)).astype(np.float32)
+    attn = tiny_params["blocks"][0]["attn"]
+    q, k, v = (np.split(part, N_HEAD, axis=-1) for part in np.split(linear(x, **attn["c_attn"]), 3, axis=-1))
+    mask = (1 - np.tri(7, dtype=np.float32)) * -1e10
+    heads = np.hstack([attention(q[i], k[i], v[i], mask) for i in range(N_HEAD)])
+    assert_close(mha(x, **attn, n_head=N_HEAD), linear(heads, **attn["c_proj"]))
+
+
+def test_code_of_the_blog_post_runs_unchanged(tiny_params, ids, logits):
+    """Names, order and meaning of the parameters, as in the post's own gpt2 and generate."""
+    wte, wpe, blocks, ln_f = (tiny_params[name] for name in ("wte", "wpe", "blocks", "ln_f"))
+    x = wte[ids] + wpe[range(len(ids))]
+    for block in blocks:
+        x = transformer_block(x, **block, n_head=N_HEAD)
+    assert_close(layer_norm(x, **ln_f) @ wte.T, logits)
+    assert_close(gpt2(ids, wte, wpe, blocks, ln_f, N_HEAD), logits)
+    inputs = list(ids)
+    for _ in range(5):
+        inputs.append(int(np.argmax(gpt2(inputs, **tiny_params, n_head=N_HEAD)[-1])))
+    assert generate(ids, tiny_params, N_HEAD, 5) == inputs[-5:]
+
+
+def test_float32_stays_float32_in_every_function(tiny_params, ids):
+    x = np.random.default_rng(0).normal(size=(5, N_EMBD)).astype(np.float32)
+    block, g = tiny_params["blocks"][0], tiny_params["ln_f"]
+    mask = np.zeros((5, 5), np.float32)
+    cache = new_cache(tiny_params, N_HEAD, 8)
+    results = {
+        "gelu": gelu(x),
+        "softmax": softmax(x),
+        "layer_norm": layer_norm(x, **g),
+        "linear": linear(x, **block["mlp"]["c_fc"]),
+        "matmul": module.matmul(x, block["mlp"]["c_fc"]["w"]),
+        "ffn": ffn(x, **block["mlp"]),
+        "attention": attention(x, x, x, mask),
+        "mha": mha(x, **block["attn"], n_head=N_HEAD),
+        "transformer_block": transformer_block(x, **block, n_head=N_HEAD),
+        "hidden_states": hidden_states(ids, **tiny_params, n_head=N_HEAD),
+        "gpt2": gpt2(ids, **tiny_params, n_head=N_HEAD),
+        "new_cache": cache["kv"],
+    }
+    not_arrays = {"check_ids", "stream", "generate", "until", "print_samples", "main"}
+    functions = {name for name, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == "gpt2"}
+    assert functions - not_arrays == set(results), "a function that this test does not know"
+    assert {name: array.dtype for name, array in results.items()} == dict.fromkeys(results, np.dtype(np.float32))
+    gpt2(ids[:8], **tiny_params, n_head=N_HEAD, cache=cache)
+    assert cache["kv"].dtype == np.float32
+
+
+def test_float64_weights_give_float64_logits(ids, logits):
+    params = random_params(TINY, dtype=np.float64)
+    precise = gpt2(ids, **params, n_head=N_HEAD)
+    assert precise.dtype == np.float64
+    assert_close(logits, precise)
+
+
+# The model against PyTorch
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logits_are_those_of_the_golden_files(case):
+    ids = inputs_of(case)
+    logits = gpt2(ids, **random_params(case.hparams, case.seed), n_head=case.n_head)
+    assert_close(logits[case.positions], golden()[str(case)], TOLERANCE)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    ("n_layer", "n_embd", "n_head", "n_ctx", "n_seq"),
+    [
+        (1, 48, 1, 16, 1),
+        (1, 48, 3, 16, 16),
+        (2, 48, 12, 64, 33),
+        (3, 96, 4, 128, 128),
+        (12, 96, 6, 64, 64),
+        (4, 384, 8, 256, 200),
+        (2, 768, 12, 1024, 1024),
+        (12, 768, 12, 256, 100),
+    ],
+)
+def test_logits_and_greedy_ids_are_those_of_transformers(n_layer, n_embd, n_head, n_ctx, n_seq):
+    import torch
+
+    from make_golden import reference_model
+
+    hparams = {"n_vocab": 500, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    params = random_params(hparams, seed=n_seq)
+    model = reference_model(hparams, params)
+    ids = np.random.default_rng(n_seq).integers(0, 500, n_seq)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits[0].numpy()
+    found = gpt2(ids, **params, n_head=n_head)
+    assert_close(found, expected, TOLERANCE)
+    second, best = np.sort(expected, axis=-1)[:, -2:].T
+    clear = best - second > 2 * TOLERANCE * np.ptp(expected)
+    assert clear.mean() > 0.9
+    assert (found.argmax(-1) == expected.argmax(-1))[clear].all()
+
+
+@pytest.mark.reference
+def test_greedy_text_is_that_of_transformers(tiny_params, ids):
+    import torch
+
+    from make_golden import reference_model
+
+    model = reference_model(TINY, tiny_params)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    assert generate(ids, tiny_params, N_HEAD, 12) == expected
+
+
+# The cache and batches
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.booleans())
+def test_cached_equals_uncached_at_every_split(tiny_params, lengths, batched):
+    ends = [end for end in np.cumsum(lengths) if end < N_CTX] or [lengths[0]]
+    shape = (3, ends[-1]) if batched else (ends[-1],)
+    ids = np.random.default_rng(sum(lengths)).integers(0, N_VOCAB, shape)
+    whole = gpt2(ids, **tiny_params, n_head=N_HEAD)
+    cache = new_cache(tiny_params, N_HEAD, ends[-1], *shape[:-1])
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        part = gpt2(ids[..., start:end], **tiny_params, n_head=N_HEAD, cache=cache)
+        assert cache["n_past"] == end
+        assert_close(part, whole[..., start:end, :])
+
+
+def test_prefill_and_single_steps_equal_one_pass(tiny_params, ids, logits):
+    for n_prefill in range(1, len(ids)):
+        cache = new_cache(tiny_params, N_HEAD, N_CTX)
+        parts = [gpt2(ids[:n_prefill], **tiny_params, n_head=N_HEAD, cache=cache)]
+        parts += [gpt2([i], **tiny_params, n_head=N_HEAD, cache=cache) for i in ids[n_prefill:]]
+        assert_close(np.concatenate(parts), logits)
+
+
+def test_batched_equals_one_at_a_time(tiny_params):
+    batch = np.random.default_rng(0).integers(0, N_VOCAB, (2, 3, 9))
+    together = gpt2(batch, **tiny_params, n_head=N_HEAD)
+    assert together.shape == (2, 3, 9, N_VOCAB)
+    for i in np.ndindex(2, 3):
+        assert_close(together[i], gpt2(batch[i], **tiny_params, n_head=N_HEAD))
+
+
+def test_a_full_cache_refuses_more(tiny_params):
+    cache = new_cache(tiny_params, N_HEAD, 4)
+    gpt2([1, 2, 3], **tiny_params, n_head=N_HEAD, cache=cache)
+    with pytest.raises(ValueError, match="room for 1"):
+        gpt2([4, 5], **tiny_params, n_head=N_HEAD, cache=cache)
+    assert cache["n_past"] == 3
+    for n_positions in (0, N_CTX + 1):
+        with pytest.raises(ValueError, match=f"1 to {N_CTX}"):
+            new_cache(tiny_params, N_HEAD, n_positions)
+
+
+def test_weights_and_inputs_are_never_written_to(tiny_params, ids):
+    frozen = map_leaves(lambda path, array: array.copy(), tiny_params)
+    map_leaves(lambda path, array: array.setflags(write=False), frozen)
+    inputs = np.array(ids)
+    inputs.setflags(write=False)
+    assert generate(inputs, frozen, N_HEAD, 3) == generate(ids, tiny_params, N_HEAD, 3)
+    before = list(ids)
+    generate(ids, tiny_params, N_HEAD, 3, temperature=1)
+    assert ids == before
+
+
+@pytest.mark.parametrize(
+    "inputs", [[], [0.5], 3, [-1], [N_VOCAB], ["a"], [None], [[]], [True], range(N_CTX + 1), [10**30]], ids=str
+)
+@pytest.mark.parametrize("function", [gpt2, hidden_states])
+def test_inputs_that_are_no_token_ids_are_refused(tiny_params, function, inputs):
+    with pytest.raises(ValueError, match=r"token"):
+        function(inputs, **tiny_params, n_head=N_HEAD)
+
+
+# Generation
+
+
+def test_stream_yields_what_generate_returns_one_at_a_time(tiny_params, ids):
+    steps = stream(ids, tiny_params, N_HEAD, 6)
+    first = next(steps)
+    assert isinstance(first, int)
+    assert [first, *steps] == generate(ids, tiny_params, N_HEAD, 6)
+
+
+@pytest.mark.parametrize("n_ctx", [1, 2, 5, 8])
+def test_past_the_context_the_older_half_is_dropped(n_ctx):
+    hparams = TINY | {"n_ctx": n_ctx}
+    params = random_params(hparams, seed=3)
+    prompt = [5, 6, 7][:n_ctx]
+    context, expected = list(prompt), []
+    for _ in range(20):
+        if len(context) > n_ctx:
+            del context[: max(n_ctx // 2, 1)]
+        expected.append(int(gpt2(context, **params, n_head=N_HEAD)[-1].argmax()))
+        context.append(expected[-1])
+    assert generate(prompt, params, N_HEAD, 20) == expected
+    assert generate([prompt, prompt], params, N_HEAD, 20) == [expected, expected]
+    assert generate(prompt, params, N_HEAD, 20, n_samples=2) == [expected, expected]
+
+
+def test_a_step_past_the_context_reuses_the_cache(tiny_params, ids, monkeypatch):
+    lengths = []
+    original = module.hidden_states
+
+    def counted(inputs, *args, **kwargs):
+        lengths.append(np.shape(inputs)[-1])
+        return original(inputs, *args, **kwargs)
+
+    monkeypatch.setattr(module, "hidden_states", counted)
+    generate(ids, tiny_params, N_HEAD, N_CTX)
+    n_after_drop = N_CTX + 1 - N_CTX // 2
+    assert lengths[: N_CTX - 20 + 2] == [20] + [1] * (N_CTX - 20) + [n_after_drop]
+    assert set(lengths) == {20, 1, n_after_drop}
+
+
+def test_all_tokens_are_made_unless_there_is_an_eot_id(tiny_params, ids):
+    made = generate(ids, tiny_params, N_HEAD, 10)
+    assert len(made) == 10
+    end = made[4]
+    assert generate(ids, tiny_params, N_HEAD, 10, eot_id=end) == made[: made.index(end)]
+    assert generate(ids, tiny_params, N_HEAD, 0) == []
+
+
+def test_sequences_of_a_batch_end_on_their_own(tiny_params):
+    prompts = np.random.default_rng(0).integers(0, N_VOCAB, (4, 6))
+    alone = [generate(prompt, tiny_params, N_HEAD, 8) for prompt in prompts]
+    assert generate(prompts, tiny_params, N_HEAD, 8) == alone
+    end = alone[0][3]
+    expected = [made[: made.index(end)] if end in made else made for made in alone]
+    assert generate(prompts, tiny_params, N_HEAD, 8, eot_id=end) == expected
+    assert generate(prompts, tiny_params, N_HEAD, 0) == [[], [], [], []]
+    steps = list(stream(prompts, tiny_params, N_HEAD, 8, eot_id=end))
+    assert {row[0] for row in steps[alone[0].index(end) :]} <= {end}
+
+
+def test_samples_of_one_prompt_are_a_batch_of_it(tiny_params, ids, monkeypatch):
+    options = {"temperature": 1.0, "seed": 5, "top_k": 20}
+    samples = generate(ids, tiny_params, N_HEAD, 6, n_samples=3, **options)
+    assert samples == generate([ids] * 3, tiny_params, N_HEAD, 6, **options)
+    assert len({tuple(sample) for sample in samples}) == 3
+    assert generate(ids, tiny_params, N_HEAD, 6, n_samples=1) == [generate(ids, tiny_params, N_HEAD, 6)]
+
+
+def test_padding_of_the_vocabulary_is_never_chosen(tiny_params, ids):
+    params = tiny_params | {"wte": tiny_params["wte"].copy()}
+    params["wte"][257:] *= 100  # the padding would win otherwise
+    assert max(generate(ids, params, N_HEAD, 8)) >= 257
+    assert max(generate(ids, params, N_HEAD, 8, n_vocab=257)) < 257
+    assert max(generate(ids, params, N_HEAD, 8, n_vocab=257, temperature=2, seed=0)) < 257
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [
+        ([1], {"n_tokens_to_generate": -1}),
+        ([1], {"n_tokens_to_generate": 1.5}),
+        ([1], {"n_tokens_to_generate": "3"}),
+        ([1], {"temperature": -1}),
+        ([1], {"top_p": 0}),
+        ([1], {"n_samples": 0}),
+        ([[1]], {"n_samples": 2}),
+        ([[[1]]], {}),
+        (range(N_CTX + 1), {}),
+    ],
+)
+def test_generation_refuses_what_makes_no_sense(tiny_params, inputs, options):
+    with pytest.raises(ValueError):
+        generate(inputs, tiny_params, N_HEAD, **{"n_tokens_to_generate": 2} | options)
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=5), st.randoms())
+def test_text_ends_before_the_stop_text_however_it_is_cut(text, stop, random):
+    cuts = sorted(random.sample(range(len(text) + 1), min(len(text), 5)))
+    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert "".join(until(pieces, stop)) == text.partition(stop)[0]
+
+
+def test_text_is_not_held_back_longer_than_it_must():
+    assert list(until(["ab", "c", "xy", "xyz!"], "xyz")) == ["ab", "c", "", "xy"]
+
+
+def test_nothing_is_drawn_after_the_stop_text():
+    def pieces():
+        yield from ("one ", "two")
+        raise AssertionError("read on")
+
+    assert "".join(until(pieces(), "wo")) == "one t"

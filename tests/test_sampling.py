@@ -1,0 +1,162 @@
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from sampling import apply_temperature, apply_top_k, apply_top_p, check_options, greedy, sample, to_probabilities
+
+LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.0], dtype=np.float32)
+
+
+def kept(logits):
+    return set(np.flatnonzero(np.isfinite(logits)).tolist())
+
+
+def brute_force_top_p(logits, top_p):
+    """The smallest set of likeliest tokens whose probability reaches p, one token at a time."""
+    weights = [np.exp(float(x) - float(max(logits))) for x in logits]
+    chosen, reached = set(), 0.0
+    for i in sorted(range(len(logits)), key=lambda i: (-logits[i], i)):
+        if chosen and reached >= top_p:
+            break
+        chosen.add(i)
+        reached += weights[i] / np.sum(weights)
+    return chosen
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    assert greedy(LOGITS) == 1
+    assert sample(LOGITS, np.random.default_rng(0)) == 1
+    assert kept(apply_temperature(LOGITS, 0)) == {1}
+
+
+def test_temperature_divides_the_logits():
+    np.testing.assert_allclose(
+        to_probabilities(apply_temperature(LOGITS, 0.5)), to_probabilities(LOGITS.astype(np.float64) / 0.5), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "expected"),
+    [(1, {1, 3}), (2, {1, 3}), (3, {1, 2, 3}), (0, set(range(6))), (6, set(range(6))), (9, set(range(6)))],
+)
+def test_top_k_keeps_all_that_equal_the_kth_largest(top_k, expected):
+    assert kept(apply_top_k(LOGITS, top_k)) == expected
+
+
+@given(
+    arrays(np.float32, st.integers(1, 40), elements=st.floats(-20, 20, width=32)),
+    st.integers(1, 45),
+)
+def test_top_k_is_its_definition(logits, top_k):
+    kth_largest = sorted(logits.tolist(), reverse=True)[min(top_k, len(logits)) - 1]
+    assert kept(apply_top_k(logits, top_k)) == {i for i, x in enumerate(logits.tolist()) if x >= kth_largest}
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(0.1, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_includes_the_token_that_crosses_p(top_p, expected):
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125]))
+    logits[0] += 1e-12  # so that rounding leaves the first half a hair above 0.5
+    assert kept(apply_top_p(logits, top_p)) == expected
+
+
+@given(
+    arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([-9.5, -1.0, 0.0, 0.25, 1.0, 3.0, 7.5])),
+    st.floats(0.01, 1, exclude_max=True),
+)
+def test_top_p_is_its_definition(logits, top_p):
+    assert (
+        abs(len(kept(apply_top_p(logits, top_p))) - len(brute_force_top_p(logits, top_p))) <= 1
+    )  # rounding, at p itself
+    for nearby in (top_p - 1e-9, top_p + 1e-9):
+        if brute_force_top_p(logits, nearby) != brute_force_top_p(logits, top_p):
+            return
+    assert kept(apply_top_p(logits, top_p)) == brute_force_top_p(logits, top_p)
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1, 0, 1), (0.7, 4, 1), (1.5, 0, 0.8), (1.2, 5, 0.9)])
+def test_ten_thousand_draws_have_the_distribution_of_the_filters_in_order(temperature, top_k, top_p):
+    weights = np.exp(LOGITS.astype(np.float64) / temperature)
+    if top_k:
+        weights[weights < sorted(weights)[-top_k]] = 0
+    expected = np.where([i in brute_force_top_p(np.log(weights + 1e-300), top_p) for i in range(6)], weights, 0)
+    expected /= expected.sum()
+    draws = sample(np.tile(LOGITS, (10_000, 1)), np.random.default_rng(7), temperature, top_k, top_p)
+    frequencies = np.bincount(draws, minlength=6) / 10_000
+    assert set(np.flatnonzero(frequencies)) == set(np.flatnonzero(expected))
+    np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / 10_000))
+
+
+def test_a_seed_gives_the_same_draws_again():
+    rows = np.tile(LOGITS, (50, 1))
+    first, second, other = (sample(rows, np.random.default_rng(seed), temperature=1) for seed in (3, 3, 4))
+    assert first.tolist() == second.tolist() != other.tolist()
+
+
+@given(
+    arrays(
+        np.float32,
+        array_shapes(min_dims=1, max_dims=2, max_side=20),
+        elements=st.floats(width=32, allow_nan=False) | st.sampled_from([np.inf, -np.inf, 0.0, 3e38, -3e38]),
+    ),
+    st.floats(0, 1e300, allow_subnormal=False) | st.sampled_from([0, 1e-300, 5e-324, 1e308]),
+    st.integers(0, 25),
+    st.floats(0, 1, exclude_min=True),
+    st.integers(0, 1000),
+)
+def test_any_logits_and_options_give_a_valid_id_without_a_warning(logits, temperature, top_k, top_p, seed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = sample(logits, np.random.default_rng(seed), temperature, top_k, top_p)
+    assert np.shape(ids) == logits.shape[:-1]
+    assert np.all((ids >= 0) & (ids < logits.shape[-1]))
+    chosen = np.take_along_axis(logits, np.asarray(ids)[..., None], axis=-1)
+    possible = logits.max(axis=-1, keepdims=True) > -np.inf
+    assert np.all((chosen > -np.inf) | ~possible), "an id that was ruled out"
+
+
+def test_logits_that_are_not_numbers_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        sample(np.array([1, np.nan, 2], dtype=np.float32), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "filtered",
+    [apply_temperature(LOGITS, 0.3), apply_temperature(LOGITS, 0), apply_top_k(LOGITS, 2), apply_top_p(LOGITS, 0.5)],
+)
+def test_the_filters_keep_float32(filtered):
+    assert filtered.dtype == np.float32
+
+
+def test_the_filters_leave_their_input_alone():
+    logits = LOGITS.copy()
+    sample(logits, np.random.default_rng(0), 0.5, 2, 0.5)
+    assert (logits == LOGITS).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ((-0.1, 0, 1, None), "temperature"),
+        ((float("nan"), 0, 1, None), "temperature"),
+        ((float("inf"), 0, 1, None), "temperature"),
+        (("warm", 0, 1, None), "temperature"),
+        ((True, 0, 1, None), "temperature"),
+        ((1, -1, 1, None), "top_k"),
+        ((1, 1.5, 1, None), "top_k"),
+        ((1, 0, 0, None), "top_p"),
+        ((1, 0, 1.1, None), "top_p"),
+        ((1, 0, None, None), "top_p"),
+        ((1, 0, 1, -1), "seed"),
+        ((1, 0, 1, "x"), "seed"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        check_options(*options)
