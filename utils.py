@@ -71,7 +71,7 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     for place in places:
         if place.is_dir():
             return place
-    others = sorted(path.name for path in Path(models_dir).glob("*/") if path.name not in RELEASED)
+    others = sorted(path.name for path in Path(models_dir).glob("*") if path.is_dir() and path.name not in RELEASED)
     raise FileNotFoundError(
         f"there is no model {name!r}. Released models, downloaded when first used: {', '.join(RELEASED)}; "
         f"other models in {models_dir}: {', '.join(others) or 'none'}; or give the path of a model directory"

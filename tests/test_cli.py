@@ -305,13 +305,19 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and termin
 @posix
 def test_ctrl_c_ends_with_what_was_printed_a_newline_and_status_130(tiny_model):
     command = [sys.executable, str(ROOT / "gpt2.py"), "x", f"--model_size={tiny_model}", "--ignore_eot"]
-    process = subprocess.Popen(
-        [*command, "--n_tokens_to_generate=100000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    first = os.read(process.stdout.fileno(), 100)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=20)
+    with subprocess.Popen(
+        [*command, "--n_tokens_to_generate=100000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    ) as process:
+        first = os.read(process.stdout.fileno(), 100)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        try:
+            rest, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert first
     assert rest.endswith(b"\n")
