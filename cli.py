@@ -8,6 +8,7 @@ import difflib
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from inspect import Parameter
 from typing import NoReturn
@@ -26,12 +27,14 @@ def run(main: Callable) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     try:
-        arguments = sort_arguments(main, sys.argv[1:])
-        texts = [name for name, p in parameters(main).items() if p.annotation in (str, str | None)]
-        fire.Fire(fire.decorators.SetParseFn(str, *texts)(main), command=arguments)
-    except KeyboardInterrupt:
-        print(flush=True)
-        sys.exit(130)
+        try:
+            arguments = sort_arguments(main, sys.argv[1:])
+            texts = [name for name, p in parameters(main).items() if p.annotation in (str, str | None)]
+            fire.Fire(fire.decorators.SetParseFn(str, *texts)(main), command=arguments)
+            print(end="", flush=True)  # what a closed pipe has to say, it says here
+        except KeyboardInterrupt:
+            print(flush=True)
+            sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
         sys.exit(141)
@@ -51,7 +54,7 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
         argument = rest.pop(0)
         flag, equals, value = argument.partition("=")
         if argument in HELP:
-            print(usage(main), inspect.getdoc(main), sep="\n\n")
+            print(textwrap.fill(usage(main), 100), inspect.getdoc(main), sep="\n\n", flush=True)
             sys.exit()
         elif flag not in flags:
             texts.append(argument)

@@ -46,7 +46,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
         raise ValueError(f"{directory}: encoder.json has {n_tokens} tokens, but n_vocab in hparams.json is {n_vocab}")
     shapes = param_shapes(hparams)
     if not (directory / WEIGHTS).is_file():
-        if model_size in RELEASED:
+        if str(model_size) in RELEASED:
             fetch(directory, CHECKPOINT_FILES, n_data_bytes=count_bytes(shapes))
         convert_checkpoint(directory)
     return encoder, hparams, map_params(directory / WEIGHTS, shapes)

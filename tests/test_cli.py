@@ -11,7 +11,7 @@ import pytest
 
 import cli
 import gpt2
-from cli import sort_arguments, usage
+from cli import sort_arguments
 from helpers import ROOT, TINY, run, write_model
 from utils import load_encoder_hparams_and_params
 
@@ -143,14 +143,14 @@ def test_help_names_every_flag_with_its_default(gpt2_py):
     text = result.stdout.decode()
     assert (result.returncode, result.stderr) == (0, b"")
     assert gpt2_py("-h").stdout == result.stdout
-    assert text.startswith(usage(gpt2.main).replace("pytest", "gpt2.py")[:10])
+    assert text.startswith("usage: python gpt2.py PROMPT [--")
     defaults = dict(zip(FLAGS, ("40", "124M", "models", "0", "0", "1", "None", "1", "None"), strict=True))
     for name, default in defaults.items():
-        assert f"[--{name} {default}]" in text
+        assert f"[--{name} {default}]" in " ".join(text.split())
         assert f"\n--{name} {default}  " in text, "the docstring and the signature differ"
     assert "--ignore_eot" in text
     assert "fire" not in text.lower()
-    assert all(len(line) <= 120 for line in text.splitlines()[1:])
+    assert all(len(line) <= 120 for line in text.splitlines())
 
 
 # Running
