@@ -12,7 +12,7 @@ import pytest
 import cli
 import gpt2
 from cli import sort_arguments
-from helpers import ROOT, TINY, run, write_model
+from helpers import ROOT, TINY, random_params, run, write_model
 from utils import load_encoder_hparams_and_params
 
 FLAGS = (
@@ -224,6 +224,15 @@ def test_each_sample_stops_at_its_own_stop_text(gpt2_py, model):
     stop = samples[1][6]
     stopped = gpt2_py("Hello", *flags, "--stop", stop).stdout.decode()[:-1].split("\n" + "-" * 40 + "\n")
     assert stopped == [sample.partition(stop)[0] for sample in samples]
+
+
+def test_padding_of_the_vocabulary_is_never_chosen(tmp_path):
+    hparams = {**TINY, "n_vocab": 320}
+    params = random_params(hparams)
+    params["wte"][300:] *= 100  # it would win otherwise
+    model = write_model(tmp_path / "padded", hparams, params, n_tokens=300)
+    result = run("gpt2.py", "Hello", f"--model_size={model}", "--ignore_eot")
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,11 @@ def test_top_p_includes_the_token_that_crosses_p(top_p, expected):
     assert kept(apply_top_p(logits, top_p)) == expected
 
 
+@pytest.mark.parametrize(("top_p", "expected"), [(0.25, {0}), (0.5, {0, 1}), (0.75, {0, 1, 2}), (0.76, {0, 1, 2, 3})])
+def test_top_p_of_equal_tokens_keeps_no_more_than_it_needs_the_first_ones(top_p, expected):
+    assert kept(apply_top_p(np.zeros(4), top_p)) == expected
+
+
 @given(
     arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([-9.5, -1.0, 0.0, 0.25, 1.0, 3.0, 7.5])),
     st.floats(0.01, 1, exclude_max=True),
@@ -91,6 +96,14 @@ def test_ten_thousand_draws_have_the_distribution_of_the_filters_in_order(temper
     frequencies = np.bincount(draws, minlength=6) / 10_000
     assert set(np.flatnonzero(frequencies)) == set(np.flatnonzero(expected))
     np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / 10_000))
+
+
+def test_no_draw_falls_on_a_token_that_was_ruled_out():
+    class Lowest:
+        def random(self, shape):
+            return np.zeros(shape)
+
+    assert sample(np.array([-np.inf, -np.inf, 0, 0]), Lowest(), temperature=1) == 2
 
 
 def test_a_seed_gives_the_same_draws_again():
