@@ -177,7 +177,7 @@ def test_the_memory_of_words_is_bounded(tiny_encoder, monkeypatch):
     text = " ".join(map(str, range(1000))) + " " + "x" * 1000
     assert encoder.encode(text) == tiny_encoder.encode(text)
     assert len(encoder._cache) <= 10
-    assert "x" * 1000 not in encoder._cache
+    assert max(map(len, encoder._cache)) < 1000
 
 
 @given(text=TEXT)

@@ -134,6 +134,15 @@ def test_any_logits_and_options_give_a_valid_id_without_a_warning(logits, temper
     assert np.all((chosen > -np.inf) | ~possible), "an id that was ruled out"
 
 
+@pytest.mark.parametrize(
+    "logits", [[-np.inf] * 3, [np.inf] * 3, [[-np.inf, -np.inf], [0, -np.inf]], [np.inf, 0, -np.inf]]
+)
+@pytest.mark.parametrize("options", [(0, 0, 1), (1, 0, 1), (0.5, 2, 0.5), (1e-300, 1, 1), (1e300, 0, 0.9)])
+def test_infinite_logits_give_valid_ids(logits, options):
+    ids = sample(np.array(logits, np.float32), np.random.default_rng(0), *options)
+    assert np.all((ids >= 0) & (ids < len(np.transpose(logits))))
+
+
 def test_logits_that_are_not_numbers_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         sample(np.array([1, np.nan, 2], dtype=np.float32), np.random.default_rng(0))
