@@ -1,19 +1,24 @@
-"""The command line of every script: fire calls the function, text stays text, and an error is one line.
+"""The command line of the scripts: fire calls the function, text stays text, an error is one line; and text is printed.
 
 Left alone, fire reads an argument as Python or as a flag: the prompts `2019`, `[1, 2]` and `--hello` would arrive as a
 number, a list and an error. So arguments are sorted here, by the function's own signature, before fire sees them.
 """
 
+import contextlib
 import difflib
 import inspect
+import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from inspect import Parameter
 from typing import NoReturn
 
 import fire
+
+from encoder import Encoder
 
 HELP = ("-h", "--help")
 
@@ -24,22 +29,39 @@ def run(main: Callable) -> None:
     The status is 0, 1 after one line on standard error for what the user can mend, 130 after Ctrl-C. Parameters of
     `main` without a default are its texts, in order; the others are flags, and its docstring is the help.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
+    kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
+    parsers = {name: str if kind in (str, str | None) else number for name, kind in kinds.items()}
     try:
-        try:
-            arguments = sort_arguments(main, sys.argv[1:])
-            texts = [name for name, p in parameters(main).items() if p.annotation in (str, str | None)]
-            fire.Fire(fire.decorators.SetParseFn(str, *texts)(main), command=arguments)
-            print(end="", flush=True)  # what a closed pipe has to say, it says here
-        except KeyboardInterrupt:
-            print(flush=True)
-            sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
-        sys.exit(141)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        sys.exit(f"{script()}: {error or 'not enough memory'}")
+        fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
+        print(end="", flush=True)  # what a closed pipe or a full disk has to say, it says here
+    except KeyboardInterrupt:
+        finish(130, "\n")
+    except BrokenPipeError:  # the reader of the pipe has seen enough
+        finish(141)
+    except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
+        finish(f"{script()}: {str(error) or 'not enough memory'}")
+
+
+def finish(status: int | str, last: str = "") -> NoReturn:
+    """End the process; what standard output cannot take any more is dropped, or the interpreter would complain."""
+    try:
+        print(end=last, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def number(text: str) -> int | float | str | None:
+    """`text` as a number, or None; what is neither stays text, for `main` to refuse."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None if text == "None" else text
 
 
 def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
@@ -94,6 +116,8 @@ def usage(main: Callable) -> str:
             words.append(name.upper())
         elif isinstance(parameter.default, bool):
             words.append(f"[--{name}]")
+        elif parameter.default is None:
+            words.append(f"[--{name} {'TEXT' if parameter.annotation == str | None else 'N'}]")
         else:
             words.append(f"[--{name} {parameter.default}]")
     return " ".join(words)
@@ -109,3 +133,55 @@ def parameters(main: Callable) -> dict[str, Parameter]:
 
 def script() -> str:
     return os.path.basename(sys.argv[0])
+
+
+def print_samples(
+    steps: Generator, encoder: Encoder, n_steps: int, n_samples: int, stop: str | None, eot_id: int | None
+) -> None:
+    """Print the text of each sample, the first as it is made, up to `stop` or `eot_id`.
+
+    `steps` yields one id a sample, as `gpt2.stream` does, n_steps times at most. The speed, and progress where the text
+    goes elsewhere, are shown on standard error if that is a terminal.
+    """
+    if sys.stderr.isatty() and not sys.stdout.isatty():
+        from tqdm import tqdm  # late: most runs show the text itself
+
+        steps = iter(tqdm(steps, total=n_steps, unit="token", leave=False))
+    start, made = time.perf_counter(), []  # made: the steps so far, each with one id a sample
+
+    def ids_of(sample: int) -> Iterator[int]:
+        for n in itertools.count():
+            if n == len(made):  # no other sample has come this far
+                made.extend(itertools.islice(steps, 1))
+            if n == len(made) or made[n][sample] == eot_id:
+                return
+            yield made[n][sample]
+
+    for sample in range(n_samples):
+        if sample > 0:
+            print("-" * 40)
+        pieces = encoder.decode_stream(ids_of(sample))
+        for piece in until(pieces, stop) if stop else pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+    steps.close()  # and with it the bar
+    if sys.stderr.isatty():
+        n_tokens, seconds = len(made) * n_samples, time.perf_counter() - start
+        print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
+    """Yield `pieces` of text up to `stop`, which may span several: what could be its beginning is held back.
+
+    Of "to be o" before the stop text "or not", "o" waits until the next piece decides.
+    """
+    held = ""
+    for piece in pieces:
+        text, found, _ = (held + piece).partition(stop)
+        if found:
+            yield text
+            return
+        n_held = next(n for n in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:n]))
+        held = text[len(text) - n_held :]
+        yield text[: len(text) - n_held]
+    yield held

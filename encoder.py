@@ -13,7 +13,7 @@ from itertools import pairwise
 import regex
 
 END_OF_TEXT = "<|endoftext|>"
-# Contractions, letters, digits, other signs (each with one space before), and the spaces left over.
+# Contractions; letters, digits or other signs with one space before; spaces, but for the last, which goes with a word.
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 65_536, 64
 
@@ -37,7 +37,7 @@ def split_words(text: str) -> list[str]:
 
 
 def split_bytes(word: str) -> list[str]:
-    """The UTF-8 bytes of `word`, each as its character of the alphabet."""
+    """The UTF-8 bytes of `word` (Latin-1 makes each a character), in the alphabet."""
     return list(word.encode().decode("latin-1").translate(BYTE_ENCODER))
 
 
@@ -72,9 +72,9 @@ class Encoder:
         for word in split_words(text):
             if (word_ids := self._cache.get(word)) is None:
                 word_ids = self._encode_word(word)
-                if len(self._cache) >= MAX_CACHED_WORDS:
-                    self._cache.clear()
                 if len(word) <= MAX_CACHED_LENGTH:
+                    if len(self._cache) >= MAX_CACHED_WORDS:
+                        self._cache.clear()
                     self._cache[word] = word_ids
             ids += word_ids
         return ids
@@ -88,15 +88,14 @@ class Encoder:
         n = len(parts)
         previous, following = list(range(-1, n - 1)), list(range(1, n + 1))
         ranks = self.bpe_ranks
-        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]
-        heapq.heapify(heap)
+        heap = sorted((ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks)
         while heap:
             rank, merged = heap[0][0], []
             while heap and heap[0][0] == rank:
                 i = heapq.heappop(heap)[1]
                 j = following[i]
                 if j == n or ranks.get((parts[i], parts[j])) != rank:
-                    continue  # a merge since then took one of the two
+                    continue  # stale: a merge since then took one of the two
                 parts[i], parts[j] = parts[i] + parts[j], None
                 following[i] = following[j]
                 if following[j] < n:
@@ -112,7 +111,8 @@ class Encoder:
         """The bytes that the token with id `i` stands for; ValueError if there is none."""
         if i not in self.decoder:
             raise ValueError(f"token id {i} is not in the vocabulary, whose ids are 0 to {len(self.decoder) - 1}")
-        return bytes(BYTE_DECODER[character] for character in self.decoder[i])
+        # A special token may have characters of its own.
+        return b"".join(bytes([BYTE_DECODER[c]]) if c in BYTE_DECODER else c.encode() for c in self.decoder[i])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; ValueError for an id that is not in the vocabulary."""
@@ -147,15 +147,14 @@ def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, 
     for i, pair in ((i, pair) for i, word in enumerate(words) for pair in pairwise(word)):
         counts[pair] += frequencies[i]
         places[pair].add(i)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
+    heap = sorted((-count, pair) for pair, count in counts.items())
     merges = []
     while len(merges) < n_vocab - 257:
         if not heap:
             raise ValueError(f"the text has pairs for {257 + len(merges)} tokens only, not for n_vocab = {n_vocab}")
         count, pair = heapq.heappop(heap)
         if -count != counts[pair] or not count:
-            continue  # the count has changed since; the heap has the pair with its new one too
+            continue  # stale: the count has changed since, and the heap has the pair with its new one too
         merges.append(pair)
         changed = set()
         for i in places.pop(pair):

@@ -6,9 +6,7 @@ n_embd / n_head wide; `...` stands for leading batch axes, of which there may be
 
 import itertools
 import math
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy import ndarray as Array
@@ -23,28 +21,28 @@ def gelu(x: Array) -> Array:
 
 def softmax(x: Array) -> Array:
     """exp(x) / sum(exp(x)) over the last axis; less its maximum first, which changes nothing but avoids overflow."""
-    exp_x = np.exp(x - x.max(axis=-1, keepdims=True))
-    return exp_x / exp_x.sum(axis=-1, keepdims=True)
+    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
 
 
 def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> Array:
     """Mean 0 and variance 1 over the last axis, then scaled by g and shifted by b (Ba et al. 2016)."""
-    x = x - x.mean(axis=-1, keepdims=True)
-    variance = (x * x).mean(axis=-1, keepdims=True)
+    x = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(x * x, axis=-1, keepdims=True)
     return g * (x / np.sqrt(variance + eps)) + b
+
+
+def matmul(x: Array, w: Array) -> Array:
+    """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product for all leading axes.
+
+    NumPy would make one for each index of them: 16 sequences would read the weights 16 times.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def linear(x: Array, w: Array, b: Array) -> Array:
     """x @ w + b: [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]."""
     return matmul(x, w) + b
-
-
-def matmul(x: Array, w: Array) -> Array:
-    """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product of matrices.
-
-    NumPy's own makes one for each leading index: 16 sequences would read the weights 16 times.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def ffn(x: Array, c_fc: dict, c_proj: dict) -> Array:
@@ -73,7 +71,7 @@ def mha(x: Array, c_attn: dict, c_proj: dict, n_head: int, kv_cache: Array | Non
     qkv = np.moveaxis(qkv, (-3, -2), (0, -3))  # -> [3, ..., n_head, n_seq, n_embd/n_head]
     q, k, v = qkv
     if kv_cache is not None:
-        kv_cache[..., -n_seq:, :] = qkv[1:]
+        kv_cache[..., -n_seq:, :] = qkv[1:]  # its last positions are those of x
         k, v = kv_cache  # each [..., n_head, n_past + n_seq, n_embd/n_head]
     n_past = k.shape[-2] - n_seq
     mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, dtype=x.dtype)) * -1e10  # a position sees none after itself
@@ -102,7 +100,7 @@ def hidden_states(
     ids = check_ids(inputs, wte.shape[0], n_room - n_past)
     n_all = n_past + ids.shape[-1]
     x = wte[ids] + wpe[n_past:n_all]  # [..., n_seq] -> [..., n_seq, n_embd]
-    layers = cache["kv"][..., :n_all, :] if cache else [None] * len(blocks)
+    layers = cache["kv"][..., :n_all, :] if cache else [None] * len(blocks)  # of each layer, up to the new positions
     for block, kv_cache in zip(blocks, layers, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv_cache=kv_cache)
     if cache:
@@ -127,8 +125,9 @@ def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None =
     `n_past` counts the positions it holds; `kv` is [n_layer, 2, (n_batch,) n_head, n_positions, n_embd/n_head].
     """
     n_ctx, n_embd = params["wpe"].shape
-    if not 0 < n_positions <= n_ctx:
-        raise ValueError(f"a cache can have 1 to {n_ctx} positions, as many as the model, not {n_positions}")
+    check_count("n_positions", n_positions, least=1)
+    if n_positions > n_ctx:
+        raise ValueError(f"n_positions must be at most the model's {n_ctx}, not {n_positions}")
     batch = () if n_batch is None else (n_batch,)
     shape = (len(params["blocks"]), 2, *batch, n_head, n_positions, n_embd // n_head)
     return {"n_past": 0, "kv": np.zeros(shape, dtype=params["wpe"].dtype)}
@@ -143,7 +142,7 @@ def check_ids(inputs: Array, n_vocab: int, n_room: int) -> Array:
         raise ValueError(f"the input is {ids.shape[-1]:,} tokens long, and there is room for {n_room:,}: shorten it")
     if ids.min() < 0 or ids.max() >= n_vocab:
         raise ValueError(f"token ids must be from 0 to {n_vocab - 1}, not {ids.min() if ids.min() < 0 else ids.max()}")
-    return ids
+    return ids.astype(np.intp, copy=False)
 
 
 def stream(
@@ -157,11 +156,14 @@ def stream(
     [n_batch, n_seq]. Greedy unless `temperature`, `top_k`, `top_p` and `seed` say otherwise (see sampling.py). Ends
     after n_tokens_to_generate or before `eot_id`; in a batch, ended sequences repeat `eot_id` until all have ended.
     Ids from `n_vocab` on, padding that the tokenizer lacks, are never chosen. When all n_ctx positions are taken, the
-    older half of the context is dropped and the rest computed anew. Raises ValueError for options that make no sense,
-    a prompt longer than n_ctx, and ids outside the vocabulary.
+    older half of the context is dropped and the rest computed anew. Raises ValueError, when the first id is asked for,
+    for options that make no sense, a prompt longer than n_ctx, and ids outside the vocabulary.
     """
-    check_count("n_tokens_to_generate", n_tokens_to_generate)
     check_options(temperature, top_k, top_p, seed)
+    check_count("n_tokens_to_generate", n_tokens_to_generate)
+    for name, value in (("n_samples", n_samples), ("n_vocab", n_vocab)):
+        if value is not None:
+            check_count(name, value, least=1)
     n_ctx = params["wpe"].shape[0]
     context = check_ids(inputs, params["wte"].shape[0], n_ctx)
     if context.ndim > 2 or (n_samples is not None and context.ndim > 1):
@@ -170,11 +172,11 @@ def stream(
     rng, new, ended = np.random.default_rng(seed), context, False
     for _ in range(n_tokens_to_generate):
         if cache["n_past"] + new.shape[-1] > n_ctx:
-            cache["n_past"] = 0
+            cache["n_past"] = 0  # as good as empty: what it holds from there on is never read, only written over
             new = context = context[..., max(n_ctx // 2, 1) :]
         x = hidden_states(new, **params, n_head=n_head, cache=cache)[..., -1, :]  # [..., n_embd]
         logits = (x @ params["wte"].T)[..., :n_vocab]  # -> [..., n_vocab]
-        if n_samples is not None and context.ndim == 1:  # the prompt is in the cache: go on as a batch
+        if n_samples is not None and context.ndim == 1:  # the prompt was computed once: now go on as a batch
             context, logits = (np.repeat(a[None], n_samples, axis=0) for a in (context, logits))
             cache["kv"] = np.repeat(cache["kv"][:, :, None], n_samples, axis=2)
         ids = sample(logits, rng, temperature, top_k, top_p)  # -> [...]
@@ -198,41 +200,6 @@ def generate(inputs: Array, params: dict, n_head: int, n_tokens_to_generate: int
     return [list(itertools.takewhile(lambda i: i != options.get("eot_id"), row)) for row in rows]
 
 
-def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
-    """Yield `pieces` of text up to `stop`, which may span several: what could be its beginning is held back."""
-    held = ""
-    for piece in pieces:
-        text, found, _ = (held + piece).partition(stop)
-        if found:
-            yield text
-            return
-        n_held = next(n for n in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:n]))
-        held = text[len(text) - n_held :]
-        yield text[: len(text) - n_held]
-    yield held
-
-
-def print_samples(steps: Iterator, encoder, n_steps: int, n_samples: int, stop: str | None, eot_id: int | None) -> None:
-    """Print the text of each sample, the first as it is made; progress and speed go to a terminal's standard error."""
-    if sys.stderr.isatty() and not sys.stdout.isatty():
-        from tqdm import tqdm  # late: most runs show the text itself
-
-        steps = tqdm(steps, total=n_steps, unit="token", leave=False)
-    count, start = itertools.count(), time.perf_counter()
-    # Each sample draws from the one stream of steps until its own text ends; what others have drawn is kept for it.
-    for i, drawn in enumerate(itertools.tee(zip(steps, count, strict=False), n_samples)):
-        if i > 0:
-            print("-" * 40)
-        pieces = encoder.decode_stream(itertools.takewhile(lambda id: id != eot_id, (step[i] for step, _ in drawn)))
-        for piece in until(pieces, stop) if stop else pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
-    steps.close()
-    if sys.stderr.isatty():
-        n_tokens, seconds = next(count) * n_samples, time.perf_counter() - start
-        print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
-
-
 def main(
     prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = "models",
     temperature: float = 0, top_k: int = 0, top_p: float = 1, seed: int | None = None, n_samples: int = 1,
@@ -246,9 +213,9 @@ def main(
     --temperature 0             0 takes the likeliest token, 1 draws by the model's probabilities
     --top_k 0                   draw from the k likeliest tokens only; 0: from all
     --top_p 1                   draw from the likeliest tokens that together have probability p only
-    --seed None                 a number: the same one gives the same text
+    --seed N                    a number: the same one gives the same text
     --n_samples 1               how many continuations, made at once
-    --stop None                 end before this text
+    --stop TEXT                 end before this text
     --ignore_eot                go on after the model ends its text with <|endoftext|>
     """
     check_options(temperature, top_k, top_p, seed)
@@ -256,7 +223,8 @@ def main(
     check_count("n_samples", n_samples, least=1)
     if stop == "":
         raise ValueError("stop must not be empty")
-    from utils import load_encoder_hparams_and_params  # late, for those who import the model alone
+    from cli import print_samples  # late, both: who imports the model needs neither
+    from utils import load_encoder_hparams_and_params
 
     if prompt == "-":
         with open(0, "rb", closefd=False) as stdin:

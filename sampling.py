@@ -1,6 +1,7 @@
 """From logits to the next token: greedy, temperature, top-k, top-p. Pure functions over the last axis, [..., n_vocab].
 
-A token that is ruled out has the logit -inf, so that one filter can follow another.
+A token that is ruled out has the logit -inf, so that one filter can follow another; a largest logit that is itself
+infinite or NaN is for `sample` to deal with.
 """
 
 import math

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import BYTE_DECODER, END_OF_TEXT, Encoder
+from encoder import BYTE_DECODER, Encoder
 
+CODE = Path(__file__).parent
 RELEASED = ("124M", "355M", "774M", "1558M")
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
 TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
@@ -61,7 +62,7 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     name = str(model_size)
     places = []
     if Path(name).name == name and name not in ("", ".."):
-        places = [Path(models_dir, name), Path(__file__).parent.joinpath(models_dir, name)]
+        places = [place / models_dir / name for place in (Path(), CODE)]
     if name in RELEASED:
         directory = next(filter(Path.is_dir, places), places[0])
         fetch(directory, files)
@@ -71,10 +72,10 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     for place in places:
         if place.is_dir():
             return place
-    others = sorted(path.name for path in Path(models_dir).glob("*") if path.is_dir() and path.name not in RELEASED)
+    here = {path.name for place in (Path(), CODE) for path in (place / models_dir).glob("*") if path.is_dir()}
     raise FileNotFoundError(
         f"there is no model {name!r}. Released models, downloaded when first used: {', '.join(RELEASED)}; "
-        f"other models in {models_dir}: {', '.join(others) or 'none'}; or give the path of a model directory"
+        f"models in {models_dir}: {', '.join(sorted(here)) or 'none'}; or give the path of a model directory"
     )
 
 
@@ -98,12 +99,15 @@ def read_encoder(directory: Path) -> Encoder:
     merges = [tuple(line.split()) for line in lines if line]
     for merge in merges:
         if len(merge) != 2:
-            raise ValueError(f"{directory / 'vocab.bpe'} is damaged: {' '.join(merge)!r} is not a merge of two tokens")
+            raise ValueError(
+                f"{directory / 'vocab.bpe'} is damaged: {' '.join(merge)[:40]!r} is not a merge of two tokens"
+            )
     if not all(type(i) is int for i in encoder.values()):
         raise ValueError(f"{directory / 'encoder.json'} is damaged: it must map tokens to whole numbers")
-    made = {a + b for a, b in merges} | BYTE_DECODER.keys() | {END_OF_TEXT}
-    if orphans := encoder.keys() - made:
-        raise ValueError(f"{directory}: vocab.bpe ends too early: it has no merge that makes {min(orphans)!r}")
+    made = {a + b for a, b in merges} | BYTE_DECODER.keys()
+    orphans = [token for token in encoder.keys() - made if not (token[:1] == "<" and token[-1:] == ">")]
+    if orphans:  # other than special tokens, as <|endoftext|>: the file was cut short at the end of a line
+        raise ValueError(f"{directory / 'vocab.bpe'} is damaged: it has no merge that makes {min(orphans)!r}")
     try:
         return Encoder(encoder, merges)
     except ValueError as error:
@@ -126,7 +130,7 @@ def read_hparams(directory: Path) -> dict[str, int]:
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error}); delete it or get it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it must hold a JSON object, not {type(value).__name__}")

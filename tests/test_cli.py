@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cli
 import gpt2
-from cli import sort_arguments
+from cli import sort_arguments, until
 from helpers import ROOT, TINY, random_params, run, write_model
 from utils import load_encoder_hparams_and_params
 
@@ -144,13 +146,35 @@ def test_help_names_every_flag_with_its_default(gpt2_py):
     assert (result.returncode, result.stderr) == (0, b"")
     assert gpt2_py("-h").stdout == result.stdout
     assert text.startswith("usage: python gpt2.py PROMPT [--")
-    defaults = dict(zip(FLAGS, ("40", "124M", "models", "0", "0", "1", "None", "1", "None"), strict=True))
+    defaults = dict(zip(FLAGS, ("40", "124M", "models", "0", "0", "1", "N", "1", "TEXT"), strict=True))
     for name, default in defaults.items():
         assert f"[--{name} {default}]" in " ".join(text.split())
         assert f"\n--{name} {default}  " in text, "the docstring and the signature differ"
     assert "--ignore_eot" in text
     assert "fire" not in text.lower()
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+# Printing
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=5), st.randoms())
+def test_text_ends_before_the_stop_text_however_it_is_cut(text, stop, random):
+    cuts = sorted(random.sample(range(len(text) + 1), min(len(text), 5)))
+    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert "".join(until(pieces, stop)) == text.partition(stop)[0]
+
+
+def test_text_is_not_held_back_longer_than_it_must():
+    assert list(until(["ab", "c", "xy", "xyz!"], "xyz")) == ["ab", "c", "", "xy"]
+
+
+def test_nothing_is_drawn_after_the_stop_text():
+    def pieces():
+        yield from ("one ", "two")
+        raise AssertionError("read on")
+
+    assert "".join(until(pieces(), "wo")) == "one t"
 
 
 # Running
@@ -265,6 +289,10 @@ def test_it_stops_before_end_of_text_unless_told_to_go_on(ending_model):
         (["x", "--top_p=0"], "top_p"),
         (["x", "--top_p=1.01"], "top_p"),
         (["x", "--seed=-1"], "seed"),
+        (["x", "--seed={[]: 1}"], "seed"),
+        (["x", "--seed=1or"], "seed"),
+        (["x", "--n_samples=" + "1" * 30], ""),
+        (["x", "--temperature=1" + "0" * 400], ""),
         (["x", "--stop="], "stop"),
         (["x " * 1000], "room for 32"),
         (["x", "--model_size=125M"], "124M, 355M, 774M, 1558M"),
@@ -331,6 +359,37 @@ def test_ctrl_c_ends_with_what_was_printed_a_newline_and_status_130(tiny_model):
     assert first
     assert rest.endswith(b"\n")
     assert errors == b""
+
+
+@posix
+@pytest.mark.parametrize(
+    ("redirection", "status", "errors"),
+    [
+        (">/dev/full", 1, b"gpt2.py: [Errno 28] No space left on device\n"),
+        (">&-", 0, b""),
+        ("2>&-", 0, b""),
+        ("<&-", 0, b""),
+        (">&- 2>&- <&-", 0, b""),
+    ],
+)
+def test_full_and_closed_streams(tiny_model, model, redirection, status, errors):
+    command = f"'{sys.executable}' '{ROOT / 'gpt2.py'}' Hello --model_size='{tiny_model}' --n_tokens_to_generate=5"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True, timeout=60, env=env)
+    assert (result.returncode, result.stderr) == (status, errors)
+    written = "" if redirection.startswith(">") else continuation(model, "Hello", 5) + "\n"
+    assert result.stdout.decode() == written
+
+
+@posix
+@pytest.mark.parametrize("arguments", ["encoder.py 'a b c d e f'", "gpt2.py --help"])
+def test_a_pipe_that_nobody_reads_ends_quietly(tiny_model, arguments):
+    script, rest = arguments.split(maxsplit=1)
+    command = f"'{sys.executable}' '{ROOT / script}' {rest} --model_size='{tiny_model}' | true"
+    for unbuffered in ("", "1"):
+        env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, env=env)
+        assert result.stderr == b""
 
 
 @posix

@@ -227,6 +227,10 @@ def garbage(path):
     path.write_bytes(bytes(range(256)) * 20)
 
 
+def nested(path):
+    path.write_text("[" * 100_000, encoding="utf-8")
+
+
 def wrong_json(path):
     path.write_text("[1, 2]", encoding="utf-8")
 
@@ -235,7 +239,7 @@ def missing(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [cut, cut_at_a_line, empty, garbage, wrong_json, missing])
+@pytest.mark.parametrize("damage", [cut, cut_at_a_line, empty, garbage, nested, wrong_json, missing])
 @pytest.mark.parametrize("file", ["encoder.json", "vocab.bpe", "hparams.json", "model.safetensors"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, file, damage):
     directory = write_model(tmp_path / "bad")
@@ -275,6 +279,17 @@ def test_a_vocabulary_may_be_padded_but_not_be_too_small(tmp_path):
         load_encoder_hparams_and_params(str(directory))
 
 
+def test_special_tokens_that_no_merge_makes_are_part_of_a_vocabulary(tmp_path):
+    directory = write_model(tmp_path / "special", TINY | {"n_vocab": 301}, n_tokens=300)
+    vocabulary = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
+    (directory / "encoder.json").write_text(json.dumps(vocabulary | {"<the end>": 300}), encoding="utf-8")
+    encoder = load_encoder_hparams_and_params(str(directory))[0]
+    assert encoder.decode([*encoder.encode("a"), 300]) == "a<the end>"
+    (directory / "encoder.json").write_text(json.dumps(vocabulary | {"word": 300}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"vocab\.bpe is damaged: it has no merge that makes 'word'"):
+        load_encoder_hparams_and_params(str(directory))
+
+
 def test_files_are_read_as_utf8_whatever_the_locale(tiny_model):
     code = "import sys, utils; print(len(utils.load_encoder_hparams_and_params(sys.argv[1])[0].encoder))"
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -296,7 +311,7 @@ def test_lines_of_a_table_written_on_windows_are_read_too(tmp_path):
 
 def test_a_name_is_looked_up_in_models_dir_then_beside_the_code_then_as_a_path(tmp_path, monkeypatch):
     beside = tmp_path / "code"
-    monkeypatch.setattr(utils, "__file__", str(beside / "utils.py"))
+    monkeypatch.setattr(utils, "CODE", beside)
     monkeypatch.chdir(tmp_path)
     for directory in (tmp_path / "mine", beside / "models" / "mine", tmp_path / "models" / "mine"):
         directory.mkdir(parents=True)
@@ -310,11 +325,13 @@ def test_a_name_is_looked_up_in_models_dir_then_beside_the_code_then_as_a_path(t
 @pytest.mark.parametrize("name", ["125M", "", "../nothing", "a/b", "a\0b", "124M/", "/nowhere"])
 def test_an_unknown_model_is_refused_with_a_list_of_the_known(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.setattr(utils, "CODE", tmp_path / "code")
+    for directory in ("models/mine", "code/models/bundled"):
+        (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "models" / "a file").touch()
-    with pytest.raises(FileNotFoundError, match=r"124M, 355M, 774M, 1558M.* in models: mine;"):
+    with pytest.raises(FileNotFoundError, match=r"124M, 355M, 774M, 1558M.* models in models: bundled, mine;"):
         find_model(name)
-    assert [path.name for path in tmp_path.iterdir()] == ["models"], "and nothing is made"
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "models"}, "and nothing is made"
 
 
 def test_nothing_is_downloaded_into_a_directory_that_was_named_by_path(mirror, tmp_path):
