@@ -23,45 +23,41 @@ from encoder import Encoder
 HELP = ("-h", "--help")
 
 
-def run(main: Callable) -> None:
-    """Call `main` with the arguments of the command line and end the process.
-
-    The status is 0, 1 after one line on standard error for what the user can mend, 130 after Ctrl-C. Parameters of
-    `main` without a default are its texts, in order; the others are flags, and its docstring is the help.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before the start
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
-    kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
-    parsers = {name: str if kind in (str, str | None) else number for name, kind in kinds.items()}
-    try:
-        fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
-        print(end="", flush=True)  # what a closed pipe or a full disk has to say, it says here
-    except KeyboardInterrupt:
-        finish(130, "\n")
-    except BrokenPipeError:  # the reader of the pipe has seen enough
-        finish(141)
-    except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
-        finish(f"{script()}: {str(error) or 'not enough memory'}")
+def script() -> str:
+    return os.path.basename(sys.argv[0])
 
 
-def finish(status: int | str, last: str = "") -> NoReturn:
-    """End the process; what standard output cannot take any more is dropped, or the interpreter would complain."""
-    try:
-        print(end=last, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+def parameters(main: Callable) -> dict[str, Parameter]:
+    return dict(inspect.signature(main).parameters)
 
 
-def number(text: str) -> int | float | str | None:
-    """`text` as a number, or None; what is neither stays text, for `main` to refuse."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return None if text == "None" else text
+def usage(main: Callable) -> str:
+    """The usage line of `main`, with the defaults of its flags."""
+    words = [f"usage: python {script()}"]
+    for name, parameter in parameters(main).items():
+        if parameter.default is Parameter.empty:
+            words.append(name.upper())
+        elif isinstance(parameter.default, bool):
+            words.append(f"[--{name}]")
+        elif parameter.default is None:
+            words.append(f"[--{name} {'TEXT' if parameter.annotation == str | None else 'N'}]")
+        else:
+            words.append(f"[--{name} {parameter.default}]")
+    return " ".join(words)
+
+
+def refuse(main: Callable, problem: str) -> NoReturn:
+    sys.exit(f"{script()}: {problem}\n{usage(main)}")
+
+
+def surplus(extra: list[str], texts: list[str], flags: dict[str, Parameter]) -> str:
+    """Say what is wrong with `texts`, of which there are more than asked for: a misspelt flag, or missing quotes."""
+    for text in texts:
+        if text.startswith("--"):
+            name = text.partition("=")[0]
+            near = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags)
+            return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "")
+    return f"one argument too many, {extra[0]!r}: text of several words needs quotes around it"
 
 
 def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
@@ -98,41 +94,62 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
     return [f"{flag}={value}" for flag, value in (values | dict(zip(wanted, texts, strict=True))).items()]
 
 
-def surplus(extra: list[str], texts: list[str], flags: dict[str, Parameter]) -> str:
-    """Say what is wrong with `texts`, of which there are more than asked for: a misspelt flag, or missing quotes."""
-    for text in texts:
-        if text.startswith("--"):
-            name = text.partition("=")[0]
-            near = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags)
-            return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "")
-    return f"one argument too many, {extra[0]!r}: text of several words needs quotes around it"
+def number(text: str) -> int | float | str | None:
+    """`text` as a number, or None; what is neither stays text, for `main` to refuse."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None if text == "None" else text
 
 
-def usage(main: Callable) -> str:
-    """The usage line of `main`, with the defaults of its flags."""
-    words = [f"usage: python {script()}"]
-    for name, parameter in parameters(main).items():
-        if parameter.default is Parameter.empty:
-            words.append(name.upper())
-        elif isinstance(parameter.default, bool):
-            words.append(f"[--{name}]")
-        elif parameter.default is None:
-            words.append(f"[--{name} {'TEXT' if parameter.annotation == str | None else 'N'}]")
-        else:
-            words.append(f"[--{name} {parameter.default}]")
-    return " ".join(words)
+def finish(status: int | str, last: str = "") -> NoReturn:
+    """End the process; what standard output cannot take any more is dropped, or the interpreter would complain."""
+    try:
+        print(end=last, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
-def refuse(main: Callable, problem: str) -> NoReturn:
-    sys.exit(f"{script()}: {problem}\n{usage(main)}")
+def run(main: Callable) -> None:
+    """Call `main` with the arguments of the command line and end the process.
+
+    The status is 0, 1 after one line on standard error for what the user can mend, 130 after Ctrl-C. Parameters of
+    `main` without a default are its texts, in order; the others are flags, and its docstring is the help.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
+    kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
+    parsers = {name: str if kind in (str, str | None) else number for name, kind in kinds.items()}
+    try:
+        fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
+        print(end="", flush=True)  # what a closed pipe or a full disk has to say, it says here
+    except KeyboardInterrupt:
+        finish(130, "\n")
+    except BrokenPipeError:  # the reader of the pipe has seen enough
+        finish(141)
+    except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
+        finish(f"{script()}: {str(error) or 'not enough memory'}")
 
 
-def parameters(main: Callable) -> dict[str, Parameter]:
-    return dict(inspect.signature(main).parameters)
+def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
+    """Yield `pieces` of text up to `stop`, which may span several: what could be its beginning is held back.
 
-
-def script() -> str:
-    return os.path.basename(sys.argv[0])
+    Of "to be o" before the stop text "or not", "o" waits until the next piece decides.
+    """
+    held = ""
+    for piece in pieces:
+        text, found, _ = (held + piece).partition(stop)
+        if found:
+            yield text
+            return
+        n_held = next(n for n in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:n]))
+        held = text[len(text) - n_held :]
+        yield text[: len(text) - n_held]
+    yield held
 
 
 def print_samples(
@@ -168,20 +185,3 @@ def print_samples(
     if sys.stderr.isatty():
         n_tokens, seconds = len(made) * n_samples, time.perf_counter() - start
         print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
-
-
-def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
-    """Yield `pieces` of text up to `stop`, which may span several: what could be its beginning is held back.
-
-    Of "to be o" before the stop text "or not", "o" waits until the next piece decides.
-    """
-    held = ""
-    for piece in pieces:
-        text, found, _ = (held + piece).partition(stop)
-        if found:
-            yield text
-            return
-        n_held = next(n for n in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:n]))
-        held = text[len(text) - n_held :]
-        yield text[: len(text) - n_held]
-    yield held

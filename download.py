@@ -27,7 +27,9 @@ def download(url: str, path: Path, n_bytes: int | None = None) -> None:
             with replacing(path) as temporary:
                 write(response, temporary, path.name, announced or n_bytes)
     except requests.RequestException as error:
-        raise OSError(f"could not download {url}: {error}") from error
+        reason = getattr(error.args[0], "reason", error) if error.args else error  # what is below layers of the same
+        reason = str(reason).partition(" for url")[0]
+        raise OSError(f"could not download {url}: {reason}; the same command tries again") from error
 
 
 def write(response: requests.Response, path: Path, name: str, n_bytes: int | None) -> None:
