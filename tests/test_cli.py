@@ -1,5 +1,6 @@
 """The command line, as a user types it; mostly gpt2.py's, on a tiny model."""
 
+import inspect
 import os
 import signal
 import struct
@@ -153,6 +154,12 @@ def test_help_names_every_flag_with_its_default(gpt2_py):
     assert "--ignore_eot" in text
     assert "fire" not in text.lower()
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_readme_lists_the_options_as_help_does():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = [line.strip() for line in readme.splitlines() if line.startswith("    --")]
+    assert listed == [line for line in inspect.getdoc(gpt2.main).splitlines() if line.startswith("--")]
 
 
 # Printing
