@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import cli
 import gpt2
-from cli import sort_arguments, until
+from cli import print_samples, sort_arguments, until
 from helpers import ROOT, TINY, random_params, run, write_model
 from utils import load_encoder_hparams_and_params
 
@@ -182,6 +182,30 @@ def test_nothing_is_drawn_after_the_stop_text():
         raise AssertionError("read on")
 
     assert "".join(until(pieces(), "wo")) == "one t"
+
+
+def test_each_sample_prints_its_own_ids_until_it_has_ended(capsys, tiny_encoder):
+    a, b, c = tiny_encoder.encode("a") + tiny_encoder.encode("b") + tiny_encoder.encode("c")
+    end = tiny_encoder.eot_id
+    steps = (step for step in [[a, b], [end, c], [end, a], [end, b]])
+    print_samples(steps, tiny_encoder, 4, 2, None, end)
+    assert capsys.readouterr().out == "a\n" + "-" * 40 + "\nbcab\n"
+
+
+def test_generation_ends_with_the_printing(capsys, tiny_encoder):
+    (a,) = tiny_encoder.encode("a")
+    closed = []
+
+    def steps():
+        try:
+            while True:
+                yield [a]
+        finally:
+            closed.append(True)
+
+    print_samples(steps(), tiny_encoder, 100, 1, "aaa", None)
+    assert closed
+    assert capsys.readouterr().out == "\n"
 
 
 # Running
