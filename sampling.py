@@ -22,7 +22,7 @@ def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
     """
     if temperature == 0:
         best = np.arange(logits.shape[-1]) == greedy(logits)[..., None]
-        return np.where(best, logits - logits, -np.inf)
+        return np.where(best, logits.dtype.type(0), -np.inf)
     with np.errstate(over="ignore"):  # at a tiny temperature all but the largest become -inf: that is the limit
         below_best = logits - logits.max(axis=-1, keepdims=True)
         return np.divide(below_best, temperature, dtype=np.float64).astype(logits.dtype)

@@ -60,9 +60,10 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     existing directory. Raises FileNotFoundError if it is neither, nor a released model.
     """
     name = str(model_size)
+    homes = [Path(models_dir), CODE / models_dir]
     places = []
     if Path(name).name == name and name not in ("", ".."):
-        places = [place / models_dir / name for place in (Path(), CODE)]
+        places = [home / name for home in homes]
     if name in RELEASED:
         directory = next(filter(Path.is_dir, places), places[0])
         fetch(directory, files)
@@ -72,7 +73,7 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     for place in places:
         if place.is_dir():
             return place
-    here = {path.name for place in (Path(), CODE) for path in (place / models_dir).glob("*") if path.is_dir()}
+    here = {path.name for home in homes for path in home.glob("*") if path.is_dir()}
     raise FileNotFoundError(
         f"there is no model {name!r}. Released models, downloaded when first used: {', '.join(RELEASED)}; "
         f"models in {models_dir}: {', '.join(sorted(here)) or 'none'}; or give the path of a model directory"

@@ -1,26 +1,16 @@
 import functools
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import settings
 
 from encoder import Encoder
-from helpers import DATA_PLACES, TINY, random_params, tiny_tables, write_checkpoint, write_model
+from helpers import DATA_PLACES, TINY, random_params, serving, tiny_tables, write_checkpoint, write_model
 from utils import checkpoint_name, flatten, read_encoder
 
 settings.register_profile("noisy machines", deadline=None)
 settings.load_profile("noisy machines")
-
-
-def released_tensors(params):
-    """The tensors of `params` with the names and shapes of the released checkpoints."""
-    return {
-        name: array[None] if array.ndim == 2 and name.endswith("/w") else array
-        for name, array in flatten(params, checkpoint_name).items()
-    }
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +31,11 @@ def tiny_model(tmp_path_factory, tiny_params):
 
 @pytest.fixture(scope="session")
 def tiny_tensors(tiny_params):
-    return released_tensors(tiny_params)
+    """The tensors of `tiny_params` with the names and shapes of the released checkpoints."""
+    return {
+        name: array[None] if array.ndim == 2 and name.endswith("/w") else array
+        for name, array in flatten(tiny_params, checkpoint_name).items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -71,18 +65,7 @@ def mirror(released, monkeypatch):
         def log_error(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(released)))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("GPT2_BASE_URL", url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield SimpleNamespace(url=url, requests=requests)
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
+    with serving(functools.partial(Handler, directory=str(released))) as url:
+        monkeypatch.setenv("GPT2_BASE_URL", url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield SimpleNamespace(url=url, requests=requests)

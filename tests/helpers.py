@@ -1,9 +1,13 @@
 """Small models, their directories and checkpoints, and a server for the tests."""
 
+import contextlib
 import functools
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +75,20 @@ def write_checkpoint(directory: Path, tensors: dict[str, np.ndarray], hparams: d
     subprocess.run([sys.executable, "-c", save, str(directory)], check=True, capture_output=True)
     (directory / "tensors.npz").unlink()
     return directory
+
+
+@contextlib.contextmanager
+def serving(handler: Callable) -> Iterator[str]:
+    """Answer HTTP requests with `handler` while the block runs; yield the URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:

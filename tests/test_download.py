@@ -1,9 +1,10 @@
-import http.server
 import threading
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from download import download
+from helpers import serving
 
 BODY = bytes(range(256)) * 10_000
 
@@ -12,7 +13,7 @@ BODY = bytes(range(256)) * 10_000
 def server():
     """A server whose answer the test sets: status, headers and body."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         answer = (200, {"Content-Length": str(len(BODY))}, BODY)
 
         def do_GET(self):
@@ -26,14 +27,9 @@ def server():
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    Handler.url = f"http://127.0.0.1:{server.server_port}/file"
-    yield Handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as url:
+        Handler.url = f"{url}/file"
+        yield Handler
 
 
 @pytest.fixture

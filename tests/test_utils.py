@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -135,8 +136,8 @@ def test_missing_and_surplus_tensors_in_a_checkpoint_are_named(tmp_path, tiny_te
         convert_checkpoint(directory)
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, tiny_tensors):
-    directory = write_checkpoint(tmp_path / "bad", tiny_tensors)
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, released):
+    directory = shutil.copytree(released / "124M", tmp_path / "bad")
     data = bytearray((directory / CHECKPOINT_DATA).read_bytes())
     data[len(data) // 2] ^= 1
     (directory / CHECKPOINT_DATA).write_bytes(data)
@@ -145,10 +146,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, tiny_tensors):
 
 
 def test_a_checkpoint_of_the_wrong_length_is_refused_before_tensorflow_starts(tmp_path, released):
-    directory = write_model(tmp_path / "cut")
-    (directory / "model.safetensors").unlink()
-    for file in CHECKPOINT_FILES:
-        (directory / file).write_bytes((released / "124M" / file).read_bytes())
+    directory = shutil.copytree(released / "124M", tmp_path / "cut")
     os.truncate(directory / CHECKPOINT_DATA, 1000)
     with pytest.raises(ValueError, match=r"1,000 bytes, where hparams.json implies 290,304"):
         load_encoder_hparams_and_params(str(directory))
@@ -183,10 +181,6 @@ def test_mapped_weights_are_read_only_float32_on_the_files_pages(tiny_model, tin
     assert gpt2([1, 2], **params, n_head=hparams["n_head"]).shape == (2, 300)
 
 
-def tensors_of(params):
-    return dict(flatten(params, tensor_name))
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -202,7 +196,7 @@ def tensors_of(params):
 )
 def test_tensors_that_do_not_fit_the_hyperparameters_are_named(tmp_path, tiny_params, change, complaint):
     directory = write_model(tmp_path / "bad", TINY, tiny_params)
-    tensors = tensors_of(tiny_params)
+    tensors = flatten(tiny_params, tensor_name)
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(ValueError, match=complaint):
@@ -388,10 +382,7 @@ def test_the_command_line_generates_from_a_checkpoint_that_it_downloads_converts
 
 
 def test_a_failed_conversion_is_one_line_and_status_1(tmp_path, released):
-    directory = write_model(tmp_path / "bad")
-    (directory / "model.safetensors").unlink()
-    for file in CHECKPOINT_FILES:
-        (directory / file).write_bytes((released / "124M" / file).read_bytes())
+    directory = shutil.copytree(released / "124M", tmp_path / "bad")
     (directory / "model.ckpt.index").write_bytes(b"garbage")
     result = run("gpt2.py", "x", "--model_size", str(directory))
     assert result.returncode == 1
