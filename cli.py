@@ -131,7 +131,7 @@ def run(main: Callable) -> None:
         finish(130, "\n")
     except BrokenPipeError:  # the reader of the pipe has seen enough
         finish(141)
-    except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, ArithmeticError) as error:
         finish(f"{script()}: {str(error) or 'not enough memory'}")
 
 

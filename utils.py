@@ -247,6 +247,26 @@ def map_params(path: Path, shapes: dict) -> dict:
     return map_leaves(view, shapes)
 
 
+def save_params(path: Path, params: dict) -> None:
+    """Write `params` as a safetensors file with Hugging Face's tensor names, which appears whole or not at all."""
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        save_file(flatten(params, tensor_name), temporary, metadata={"format": "pt"})
+
+
+def save_model(directory: Path, encoder: Encoder, hparams: dict[str, int], params: dict) -> None:
+    """Write a model directory, its weights last: before they are there, the directory has none, and not others."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / WEIGHTS).unlink(missing_ok=True)
+    merges = ["#version: 0.2", *map(" ".join, encoder.bpe_ranks), ""]
+    texts = (json.dumps(encoder.encoder, ensure_ascii=False), "\n".join(merges), json.dumps(hparams, indent=1))
+    for file, text in zip((*TOKENIZER_FILES, "hparams.json"), texts, strict=True):
+        with replacing(directory / file) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    save_params(directory / WEIGHTS, params)
+
+
 def convert_checkpoint(directory: Path) -> None:
     """Make `model.safetensors` of the TensorFlow checkpoint in a model directory, and keep a record of the source.
 

@@ -1,4 +1,4 @@
-"""Make tests/golden.npz: logits of transformers' GPT2LMHeadModel, for comparison where PyTorch is not installed.
+"""Make tests/golden.npz: logits and a gradient of transformers' GPT2LMHeadModel, for where PyTorch is not installed.
 
     python tests/make_golden.py        # needs requirements-reference.txt
 
@@ -48,6 +48,7 @@ CASES = [
     Case(3, 192, 4, 1024, 1000),
     Case(2, 768, 12, 128, 100),
 ]
+GRADIENT_HPARAMS = {"n_vocab": 60, "n_ctx": 12, "n_embd": 16, "n_head": 4, "n_layer": 2}
 
 
 def inputs_of(case: Case) -> np.ndarray:
@@ -75,17 +76,40 @@ def reference_model(hparams: dict, params: dict):
     return model
 
 
+def gradient_inputs() -> tuple[dict, np.ndarray]:
+    """The weights and the window [n_batch, n_seq + 1] of the recorded gradient."""
+    from helpers import random_params
+
+    window = np.random.RandomState(0).randint(0, GRADIENT_HPARAMS["n_vocab"], (3, 10))
+    return random_params(GRADIENT_HPARAMS), window
+
+
+def reference_gradient(hparams: dict, params: dict, window: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss of predicting each token of `window`, and its gradient by tensor name, from PyTorch's autograd."""
+    import torch
+
+    model = reference_model(hparams, params)
+    logits = model(torch.tensor(window[:, :-1])).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(window[:, 1:]).flatten())
+    loss.backward()
+    return loss.item(), {name: tensor.grad.numpy() for name, tensor in model.transformer.named_parameters()}
+
+
 def main() -> None:
     import torch
 
     from helpers import random_params
+    from utils import flatten, tensor_name
 
     logits = {}
     for case in CASES:
         model = reference_model(case.hparams, random_params(case.hparams, case.seed))
         with torch.no_grad():
             logits[str(case)] = model(torch.tensor(inputs_of(case))[None]).logits[0].numpy()[case.positions]
-    np.savez_compressed(PATH, **logits)
+    loss, grads = reference_gradient(GRADIENT_HPARAMS, *gradient_inputs())
+    names = flatten(gradient_inputs()[0], tensor_name)  # in the order of the parameters
+    gradient = np.concatenate([grads[name].ravel() for name in names])
+    np.savez_compressed(PATH, **logits, **{"gradient": gradient, "gradient-loss": loss})
 
 
 if __name__ == "__main__":
