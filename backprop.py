@@ -1,9 +1,9 @@
 """The operations of gpt2.py once more, each with its derivative: what a training step computes.
 
-An operation returns its result and a function `backward`. That takes the gradient of the loss with respect to the
-result, adds to `grads` those with respect to the parameters of the operation, and returns the one with respect to its
-input. What it needs of the forward pass it simply refers to. A gradient has the shape, and with a `d_` before it the
-name, of what it is for; the names in the shape comments are those of gpt2.py.
+An operation returns its result and a function `backward`, a closure: the activations that it needs stay alive until it
+has run. It takes the gradient of the loss with respect to the result, adds to `grads` those with respect to the
+operation's parameters, and returns the one with respect to its input. A gradient has the shape, and with a `d_` before
+it the name, of what it is for; the names in the shape comments are those of gpt2.py.
 """
 
 import math
@@ -42,21 +42,22 @@ def gelu(x: Array) -> tuple[Array, Callable]:
 
 
 def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, Callable]:
-    """`gpt2.layer_norm` over the last axis: g * normal + b, with normal = (x - mean) / sqrt(variance + eps)."""
-    normal = x - np.mean(x, axis=-1, keepdims=True)
-    scale = 1 / np.sqrt(np.mean(normal * normal, axis=-1, keepdims=True) + eps)  # [..., n_seq, 1]
-    normal *= scale
+    """`gpt2.layer_norm` over the last axis: g * normalized + b, with normalized = (x - mean) / sqrt(variance + eps)."""
+    normalized = x - np.mean(x, axis=-1, keepdims=True)
+    scale = 1 / np.sqrt(np.mean(normalized * normalized, axis=-1, keepdims=True) + eps)  # [..., n_seq, 1]
+    normalized *= scale
 
     def backward(d_y: Array, grads: dict) -> Array:
-        grads["g"] += np.sum((d_y * normal).reshape(-1, len(g)), axis=0)
+        grads["g"] += np.sum((d_y * normalized).reshape(-1, len(g)), axis=0)
         grads["b"] += np.sum(d_y.reshape(-1, len(b)), axis=0)
-        d_normal = d_y * g
-        # What moves all of x, or stretches it, the norm undoes: those two directions have no gradient.
-        shift = np.mean(d_normal, axis=-1, keepdims=True)
-        stretch = np.mean(d_normal * normal, axis=-1, keepdims=True)
-        return scale * (d_normal - shift - normal * stretch)
+        d_normalized = d_y * g
+        # The mean and the variance depend on x, too: that takes away what d_normalized has in the direction of a
+        # constant and of `normalized`, the two changes of x that the norm undoes.
+        along_constant = np.mean(d_normalized, axis=-1, keepdims=True)
+        along_normalized = np.mean(d_normalized * normalized, axis=-1, keepdims=True)
+        return scale * (d_normalized - along_constant - along_normalized * normalized)
 
-    return g * normal + b, backward
+    return g * normalized + b, backward
 
 
 def linear(x: Array, w: Array, b: Array) -> tuple[Array, Callable]:
@@ -225,12 +226,11 @@ def gpt2_logits(
 
 
 def gpt2_loss(
-    window: Array, params: dict, n_head: int, rate: float = 0, rng: np.random.Generator | None = None
+    window: Array, params: dict, n_head: int, dropout_rate: float = 0, rng: np.random.Generator | None = None
 ) -> tuple[float, Callable]:
-    """The loss of predicting each token of `window` [..., n_seq + 1] from those before it; dropout at `rate`."""
-    logits, back_logits = gpt2_logits(
-        window[..., :-1], **params, n_head=n_head, drop=partial(dropout, rate=rate, rng=rng)
-    )
+    """The loss of predicting each token of `window` [..., n_seq + 1] from those before it; dropout draws from `rng`."""
+    drop = partial(dropout, rate=dropout_rate, rng=rng)
+    logits, back_logits = gpt2_logits(window[..., :-1], **params, n_head=n_head, drop=drop)
     loss, back_loss = cross_entropy(logits, window[..., 1:])
 
     def backward(d_loss: float, grads: dict) -> None:

@@ -151,7 +151,8 @@ def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, 
     merges = []
     while len(merges) < n_vocab - 257:
         if not heap:
-            raise ValueError(f"the text has pairs for {257 + len(merges)} tokens only, not for n_vocab = {n_vocab}")
+            most = 257 + len(merges)
+            raise ValueError(f"the text has pairs for {most} tokens, not for n_vocab = {n_vocab}: give at most {most}")
         count, pair = heapq.heappop(heap)
         if -count != counts[pair] or not count:
             continue  # stale: the count has changed since, and the heap has the pair with its new one too

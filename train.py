@@ -10,10 +10,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +22,15 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray as Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 from tqdm import tqdm
 
 from backprop import gpt2_loss
-from encoder import Encoder, get_encoder, train_bpe
+from encoder import END_OF_TEXT, Encoder, get_encoder, train_bpe
 from gpt2 import generate
 from sampling import check_count, sample
 from utils import (
+    RELEASED,
     WEIGHTS,
     count_bytes,
     flatten,
@@ -42,6 +43,7 @@ from utils import (
     replacing,
     save_model,
     save_params,
+    save_tensors,
     tensor_name,
 )
 
@@ -50,12 +52,13 @@ VECTORS = ("weights", "m", "v")  # m and v are AdamW's moments
 COLUMNS = ("step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second")
 SHAPE = {"n_vocab": 1024, "n_ctx": 256, "n_embd": 192, "n_head": 4, "n_layer": 4}
 DEFAULTS = {
-    **SHAPE, "dropout": 0.1, "batch_size": 16, "learning_rate": 1.5e-3, "max_steps": 2000, "minutes": None,
+    **SHAPE, "dropout": 0.1, "batch_size": 16, "learning_rate": 1.5e-3, "max_steps": 1400, "minutes": None,
     "eval_every": 100, "seed": 0, "encoder": None, "init_from": None,
 }  # fmt: skip
-FINE_TUNING = {"learning_rate": 1e-4}  # the defaults that are other for weights that have been trained before
+FINE_TUNING = {"learning_rate": 1e-4}  # instead of the above, for weights that have been trained before
+CHANGEABLE = ("max_steps", "minutes", "eval_every", "learning_rate")  # in a training that is resumed
 BETAS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.95), 0.1, 1.0
-WARM_UP, LAST_RATE = 0.03, 0.05  # the share of the training that the rate grows, and what is left of it at the end
+WARM_UP, LAST_RATE = 0.03, 0.05  # the warm-up's share of the training; the last learning rate's share of the highest
 SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 200, 0.8
 
 
@@ -100,7 +103,7 @@ def learning_rate_at(progress: float, peak: float) -> float:
     return peak * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
-def clip(gradient: Array) -> float:
+def clip_gradient(gradient: Array) -> float:
     """Scale the gradient down to the norm MAX_NORM, in place, if it is longer; the norm that it had."""
     norm = math.sqrt(gradient @ gradient)
     if norm > MAX_NORM:
@@ -108,7 +111,7 @@ def clip(gradient: Array) -> float:
     return norm
 
 
-def adamw(weights: Array, gradient: Array, m: Array, v: Array, decay: Array, step: int, rate: float) -> None:
+def adamw(weights: Array, gradient: Array, m: Array, v: Array, decay: Array, step: int, learning_rate: float) -> None:
     """Update vectors of weights and moments in place; steps count from 1 (Loshchilov and Hutter 2019, algorithm 2)."""
     beta_1, beta_2 = BETAS
     for start in range(0, len(weights), 2**16):  # in pieces that stay in the processor's cache
@@ -116,8 +119,8 @@ def adamw(weights: Array, gradient: Array, m: Array, v: Array, decay: Array, ste
         g = gradient[part]
         m[part] += (1 - beta_1) * (g - m[part])
         v[part] += (1 - beta_2) * (g * g - v[part])
-        weights[part] *= 1 - rate * decay[part]
-        weights[part] -= rate / (1 - beta_1**step) * m[part] / (np.sqrt(v[part] / (1 - beta_2**step)) + 1e-8)
+        weights[part] *= 1 - learning_rate * decay[part]
+        weights[part] -= learning_rate / (1 - beta_1**step) * m[part] / (np.sqrt(v[part] / (1 - beta_2**step)) + 1e-8)
 
 
 def n_blas_threads() -> int:
@@ -126,13 +129,13 @@ def n_blas_threads() -> int:
 
 
 def compute_gradient(
-    windows: Array, params: dict, n_head: int, rate: float, seed: tuple, shares: list, pool: ThreadPoolExecutor
+    windows: Array, params: dict, n_head: int, dropout: float, seed: tuple, shares: list, pool: ThreadPoolExecutor
 ) -> tuple[float, Array]:
     """The mean loss of `windows` [n_batch, n_seq + 1] and its gradient, as one vector.
 
     Each thread of `pool` adds up the gradients of its share of the windows, one at a time: so the activations stay in
     the processor's cache, and all arithmetic, not only matrix products, uses every core. `shares` has for each thread
-    a vector and its `view_as`. Dropout draws from `seed` and the window's number.
+    a vector and its `view_as`.
     """
 
     def work(i: int) -> float:
@@ -141,7 +144,10 @@ def compute_gradient(
         total = 0.0
         with np.errstate(all="ignore"):  # what overflows becomes a NaN, and that is reported once
             for n in range(i, len(windows), len(shares)):
-                loss, backward = gpt2_loss(windows[n], params, n_head, rate, np.random.default_rng((*seed, n + 1)))
+                rng = np.random.default_rng(
+                    (*seed, n + 1)
+                )  # of each window, whichever thread has it; 0 is `seed` itself
+                loss, backward = gpt2_loss(windows[n], params, n_head, dropout, rng)
                 backward(1 / len(windows), grads)
                 total += loss
         return total / len(windows)
@@ -157,24 +163,35 @@ def evaluate(tokens: Array, params: dict, n_head: int, pool: ThreadPoolExecutor)
     """The mean loss over tokens[1:], each predicted from those before it in its window; windows do not overlap."""
     n_ctx = len(params["wpe"])
 
-    def nats(start: int) -> float:
+    def window_loss(start: int) -> float:
         window = tokens[start : start + n_ctx + 1]
         with np.errstate(all="ignore"):
             return gpt2_loss(window, params, n_head)[0] * (len(window) - 1)
 
-    return sum(pool.map(nats, range(0, len(tokens) - 1, n_ctx))) / (len(tokens) - 1)
+    return sum(pool.map(window_loss, range(0, len(tokens) - 1, n_ctx))) / (len(tokens) - 1)
 
 
-def bigram(tokens: list[int], n_vocab: int) -> Callable[[int, int], float]:
-    """log P(b | a) with P = (count of a b + 1) / (count of a + n_vocab): counted in `tokens`, add-one smoothing."""
-    pairs, firsts = Counter(itertools.pairwise(tokens)), Counter(tokens[:-1])
-    return lambda a, b: math.log((pairs[a, b] + 1) / (firsts[a] + n_vocab))
+def bigram(tokens: list[int], n_vocab: int) -> Callable[[int], Array]:
+    """The bigram model of `tokens`: a function from a token to the probabilities of the next, [n_vocab].
+
+    P(b | a) = (count of a b + 1) / (count of a + n_vocab), which is add-one smoothing.
+    """
+    followers = defaultdict(Counter)
+    for a, b in itertools.pairwise(tokens):
+        followers[a][b] += 1
+
+    def probabilities(a: int) -> Array:
+        counts = np.ones(n_vocab)
+        counts[list(followers[a])] += list(followers[a].values())
+        return counts / counts.sum()
+
+    return probabilities
 
 
 def save_state(path: Path, vectors: dict[str, Array], record: dict) -> None:
     """Write what `--resume` needs: the vectors of weights and moments, and a record of everything else."""
-    with replacing(path) as temporary:
-        save_file(vectors, temporary, metadata={"record": json.dumps(record)})
+    save_tensors(path, vectors, {"record": json.dumps(record)})
+    record["saved_step"] = record["step"]
 
 
 def load_state(path: Path) -> tuple[dict[str, Array], dict]:
@@ -189,14 +206,16 @@ def load_state(path: Path) -> tuple[dict[str, Array], dict]:
 
 
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[list]:
-    """Yield a list that is empty until Ctrl-C is pressed, so that a step can be finished; the second one counts."""
+def deferred_ctrl_c() -> Iterator[list]:
+    """Yield a list that is empty until Ctrl-C is pressed, so that a step can be finished; the second one interrupts."""
     pressed = []
 
     def note(number: int, frame: object) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the midst of one
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once\n")
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -211,8 +230,9 @@ def train(
     """Train until the settings in `record` say that it is done; the best weights are in `out` then.
 
     `vectors` are the `weights` and AdamW's moments `m` and `v`, in place. Every evaluation also saves the log and all
-    that is needed to resume. Ctrl-C saves that after the step at hand, and raises KeyboardInterrupt. Raises
-    FloatingPointError before a loss that is not a number reaches the weights.
+    that is needed to resume: of the random numbers nothing, as each step draws its own from the seed and its number.
+    Ctrl-C saves after the step at hand, and raises KeyboardInterrupt. Raises FloatingPointError before a loss that is
+    not a number is saved.
     """
     settings, rows, losses = record["settings"], record["rows"], record["losses"]
     max_steps, max_seconds = settings["max_steps"] or math.inf, 60 * (settings["minutes"] or math.inf)
@@ -222,19 +242,20 @@ def train(
     buffers = [np.empty_like(decay) for _ in range(min(n_threads, settings["batch_size"]))]
     shares = [(buffer, view_as(shapes, buffer)) for buffer in buffers]
     bar = tqdm(initial=record["step"], unit="step", disable=None)
-    now = time.perf_counter()
-    began, since, n_tokens = now - record["seconds"], now, 0  # `since` then, n_tokens were trained on
+    speed_since, speed_tokens = time.perf_counter(), 0
+    began = speed_since - record["seconds"]
 
-    with threadpool_limits(1), ThreadPoolExecutor(n_threads) as pool, ctrl_c() as pressed, bar:
+    with threadpool_limits(1), ThreadPoolExecutor(n_threads) as pool, deferred_ctrl_c() as pressed, bar:
         while True:
             step = record["step"]
             record["seconds"] = time.perf_counter() - began
             progress = max(step / max_steps, record["seconds"] / max_seconds)
-            rate = learning_rate_at(progress, settings["learning_rate"])
+            learning_rate = learning_rate_at(progress, settings["learning_rate"])
             if (progress >= 1 or step % settings["eval_every"] == 0) and not (rows and rows[-1][0] == step):
-                speed = n_tokens / (time.perf_counter() - since) if losses else None
+                speed = speed_tokens / (time.perf_counter() - speed_since) if speed_tokens else None
                 loss = evaluate(validation, params, n_head, pool)
-                rows.append([step, sum(losses) / len(losses) if losses else None, loss, rate, speed])
+                check_loss(loss, out, record)
+                rows.append([step, sum(losses) / len(losses) if losses else None, loss, learning_rate, speed])
                 losses.clear()
                 if loss < record["best_loss"]:
                     record.update(best_step=step, best_loss=loss)
@@ -242,39 +263,50 @@ def train(
                 write_log(out / LOG, rows)
                 save_state(out / STATE, vectors, record)
                 tqdm.write(describe(rows[-1], tokens_per_char))
-                since, n_tokens = time.perf_counter(), 0
+                speed_since, speed_tokens = time.perf_counter(), 0
             if progress >= 1:
                 return
             if pressed:
                 save_state(out / STATE, vectors, record)
                 raise KeyboardInterrupt
-            seed = (settings["seed"], step + 1)
+            seed = (settings["seed"], step + 1)  # the initial weights have (seed, 0)
             starts = np.random.default_rng(seed).integers(0, len(tokens) - n_ctx, settings["batch_size"])
             windows = tokens[starts[:, None] + np.arange(n_ctx + 1)]  # [n_batch, n_ctx + 1]
             loss, gradient = compute_gradient(windows, params, n_head, settings["dropout"], seed, shares, pool)
-            if not math.isfinite(clip(gradient)):
-                raise FloatingPointError(
-                    f"the training diverged at step {step + 1}, where the loss is {loss}: try a lower --learning_rate. "
-                    f"{out} keeps the best weights so far, those of step {record['best_step']}"
-                )
-            adamw(**vectors, gradient=gradient, decay=decay, step=step + 1, rate=rate)
+            norm = clip_gradient(gradient)
+            check_loss(loss if math.isfinite(norm) else math.nan, out, record)
+            adamw(**vectors, gradient=gradient, decay=decay, step=step + 1, learning_rate=learning_rate)
             record["step"] += 1
             losses.append(loss)
-            n_tokens += windows[:, 1:].size
-            bar.total = settings["max_steps"] or round(record["step"] / progress)
+            speed_tokens += windows[:, 1:].size
+            bar.total = round((step + 1) / progress) if settings["minutes"] and progress else settings["max_steps"]
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.perf_counter() - since):,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed_tokens / (time.perf_counter() - speed_since):,.0f} tokens/s")
+
+
+def check_loss(loss: float, out: Path, record: dict) -> None:
+    """Raise FloatingPointError, with what to do, if the loss is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the training diverged: after step {record['step']} the loss is {loss}. Try a lower --learning_rate, anew "
+            f"or with --resume from step {record['saved_step']}; {out} has the best weights so far, of step "
+            f"{record['best_step']}"
+        )
 
 
 def describe(row: list, tokens_per_char: float) -> str:
-    step, train_loss, loss, rate, speed = row
-    text = f"step {step:6,}  validation {loss:.4f} nats/token, {loss * tokens_per_char:.4f} nats/character"
-    return text if speed is None else f"{text}  train {train_loss:.4f}  rate {rate:.1e}  {speed:,.0f} tokens/s"
+    """A row of the log as a line to print."""
+    step, train_loss, loss, learning_rate, speed = row
+    line = f"step {step:6,}  validation {loss:.4f} nats/token, {loss * tokens_per_char:.4f} nats/character"
+    if train_loss is not None:
+        line += f"  train {train_loss:.4f}  learning rate {learning_rate:.1e}"
+    return line if speed is None else f"{line}  {speed:,.0f} tokens/s"
 
 
 def write_log(path: Path, rows: list[list]) -> None:
+    """Write the log as CSV; what is not known, as the training loss before the first step, is left empty."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
 def draw_losses(path: Path, rows: list[list], bigram_loss: float) -> None:
@@ -297,11 +329,12 @@ def draw_losses(path: Path, rows: list[list], bigram_loss: float) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def report(losses: dict[str, float], tokens_per_char: float) -> None:
-    """Print the losses side by side."""
+def report(losses: dict[str, float], tokens_per_char: float, sample: str) -> None:
+    """Print the losses side by side, then the sample."""
     print(f"\n{'validation loss':16}{'nats/token':>12}{'nats/character':>16}")
     for name, loss in losses.items():
         print(f"{name:16}{loss:12.4f}{loss * tokens_per_char:16.4f}")
+    print(sample)
 
 
 def read_document(path: str) -> str:
@@ -320,11 +353,9 @@ def choose_settings(given: dict, begun: dict) -> dict:
 
     Raises ValueError, naming it, for one that makes no sense, or is not what it was in the training that is resumed.
     """
-    for name in begun.keys() & given.keys() - {"max_steps", "minutes", "eval_every"}:
+    for name in begun.keys() & given.keys() - set(CHANGEABLE):
         if given[name] != begun[name]:
-            raise ValueError(
-                f"the training was begun with {name} = {begun[name]}, and can not go on with {given[name]}"
-            )
+            raise ValueError(f"the training was begun with {name} = {begun[name]}: it cannot go on with {given[name]}")
     settings = DEFAULTS | (FINE_TUNING if "init_from" in given else {}) | begun | given
     for limit, other in (("max_steps", "minutes"), ("minutes", "max_steps")):
         if limit in given and other not in given:
@@ -332,33 +363,41 @@ def choose_settings(given: dict, begun: dict) -> dict:
     for name in (*SHAPE, "batch_size", "eval_every", "max_steps", "seed"):
         if settings[name] is not None:
             check_count(name, settings[name], least=0 if name == "seed" else 1)
-    for name, ceiling in (("dropout", 1), ("learning_rate", math.inf), ("minutes", math.inf)):
+    for name in ("dropout", "learning_rate", "minutes"):
         value = settings[name]
-        valid = isinstance(value, (int, float)) and (0 < value < ceiling or (name == "dropout" and value == 0))
-        if value is not None and not valid:
-            raise ValueError(f"{name} must be a number above 0 and below {ceiling}, not {value!r}")
-    if settings["n_embd"] % settings["n_head"]:
-        raise ValueError(f"n_embd = {settings['n_embd']} is not a multiple of n_head = {settings['n_head']}")
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a number, 0 or more, not {value!r}")
+    if settings["dropout"] >= 1:
+        raise ValueError(f"dropout must be below 1, not {settings['dropout']}")
+    if settings["minutes"] == 0:
+        raise ValueError("minutes must be more than 0")
     return settings
 
 
-def begin(given: dict, text: str) -> tuple[Encoder, dict, dict, dict]:
-    """A new training on `text`: its tokenizer, hyperparameters, vectors and record, as for `train`."""
-    settings = choose_settings(given, {})
-    source = settings["init_from"] or settings["encoder"]
+def choose_tokenizer(settings: dict, text: str) -> Encoder:
+    """The tokenizer of the model that is named in the settings, or one that is learned from `text`."""
     if settings["init_from"] and settings["encoder"]:
         raise ValueError("the model to start from has its own tokenizer: leave out --init_from or --encoder")
+    if source := settings["init_from"] or settings["encoder"]:
+        return get_encoder(source)
+    return Encoder(*train_bpe(text.replace(END_OF_TEXT, "\n"), settings["n_vocab"]))
+
+
+def begin(settings: dict, given: dict, n_vocab: int) -> tuple[dict, dict, dict]:
+    """A new training: its hyperparameters, vectors and record, as for `train`."""
     if settings["init_from"]:
-        encoder, hparams, params = load_encoder_hparams_and_params(source)
+        _, hparams, params = load_encoder_hparams_and_params(settings["init_from"])
         hparams["n_ctx"] = min(given.get("n_ctx", math.inf), hparams["n_ctx"])  # fewer positions are a smaller model
         params["wpe"] = params["wpe"][: hparams["n_ctx"]]
     else:
-        encoder = get_encoder(source) if source else Encoder(*train_bpe(text, settings["n_vocab"]))
-        hparams = settings | {"n_vocab": len(encoder.encoder)}
+        hparams = settings | {"n_vocab": n_vocab}
     hparams = {name: hparams[name] for name in SHAPE}
     for name in SHAPE.keys() & given.keys():
         if given[name] != hparams[name]:
-            raise ValueError(f"{name} is {hparams[name]} in {source}, and can not be {given[name]}")
+            source = settings["init_from"] or settings["encoder"]
+            raise ValueError(f"{name} is {hparams[name]} in {source}: it cannot be {given[name]}")
+    if hparams["n_embd"] % hparams["n_head"]:
+        raise ValueError(f"n_embd = {hparams['n_embd']} is not a multiple of n_head = {hparams['n_head']}")
     shapes = param_shapes(hparams)
     vectors = {name: np.zeros(count_bytes(shapes) // 4, np.float32) for name in VECTORS}
     if settings["init_from"]:
@@ -366,14 +405,24 @@ def begin(given: dict, text: str) -> tuple[Encoder, dict, dict, dict]:
     else:
         initialize(view_as(shapes, vectors["weights"]), np.random.default_rng(settings["seed"]))
     record = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": math.inf, "rows": [], "losses": []}
-    return encoder, hparams, vectors, record | {"settings": settings | hparams}
+    return hparams, vectors, record | {"settings": settings | hparams}
 
 
-def go_on(directory: Path, given: dict) -> tuple[Encoder, dict, dict, dict]:
-    """The training that was stopped in `directory`, as `begin` returns it."""
-    vectors, record = load_state(directory / STATE)
-    record["settings"] = choose_settings(given, record["settings"])
-    return read_encoder(directory), read_hparams(directory), vectors, record
+def check_out(out: str | None, resume: bool, overwrite: bool) -> Path:
+    """The directory `out`; OSError or ValueError if the training must not be written there."""
+    if not out:
+        raise ValueError("--out is missing: the directory for the model, such as --out models/mine")
+    if resume and overwrite:
+        raise ValueError("--resume goes on with what is there, --overwrite replaces it: leave out one of them")
+    directory = Path(out)
+    if directory.name in RELEASED:
+        raise ValueError(f"{directory.name} is the name of a released model: choose another for --out")
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{out} is a file, not a directory")
+    if directory.exists() and not (resume or overwrite):
+        or_resume = ", --resume goes on with its training" if (directory / STATE).is_file() else ""
+        raise FileExistsError(f"{out} exists already: --overwrite replaces its model{or_resume}")
+    return directory
 
 
 def main(
@@ -395,74 +444,78 @@ def main(
     --dropout 0.1           share of activations to drop: more for a small text and a long training
     --batch_size 16         windows of n_ctx tokens in a step
     --learning_rate 0.0015  at its highest, after the warm-up (with --init_from: 0.0001)
-    --max_steps 2000        how long
+    --max_steps 1400        how long
     --minutes N             how long, instead
     --eval_every 100        steps from one evaluation to the next; the best weights are kept
     --seed 0                the same one gives the same model, on one machine and number of threads
     --encoder NAME          take the tokenizer of this model
     --init_from NAME        start from the weights of this model, such as 124M
-    --resume                go on where a training into --out has stopped
+    --resume                go on where the training into --out has stopped
     --overwrite             replace the model in --out
     """
     started = time.perf_counter()
     given = {name: value for name, value in locals().items() if name in DEFAULTS and value is not None}
     if model not in ("gpt", "bigram"):
         raise ValueError(f"model must be gpt or bigram, not {model!r}")
-    if model == "gpt" and not out:
-        raise ValueError("--out is missing: the directory for the model, such as --out models/mine")
-    if resume and overwrite:
-        raise ValueError("--resume goes on with what is there, --overwrite replaces it: leave out one of them")
-    directory = Path(out or "")
-    if model == "gpt" and directory.exists() and not (resume or overwrite):
-        raise FileExistsError(
-            f"{out} exists already: --resume goes on with its training, --overwrite replaces its model"
-        )
+    resume = resume and model == "gpt"  # a bigram model is counted anew each time, and not saved
+    directory = check_out(out, resume, overwrite) if model == "gpt" else Path()
+    vectors, record = load_state(directory / STATE) if resume else ({}, {})
+    settings = choose_settings(given, record.get("settings", {}))
+
     document = read_document(text)
-    split = len(document) * 9 // 10
-    tokenizer, hparams, vectors, record = go_on(directory, given) if resume else begin(given, document[:split])
-    digest = hashlib.sha256(document.encode()).hexdigest()
-    if record.setdefault("text", digest) != digest:
+    digest, split = hashlib.sha256(document.encode()).hexdigest(), len(document) * 9 // 10
+    if record.get("text", digest) != digest:
         raise ValueError(f"the training in {out} was begun with another text than {text}")
-    tokens, validation = (
-        np.array(tokenizer.encode(part, allow_special=True)) for part in (document[:split], document[split:])
-    )
-    if len(tokens) <= hparams["n_ctx"] or len(validation) < 2:
-        raise ValueError(
-            f"{text} is too short: {len(tokens)} tokens to train with and {len(validation)} to validate with, where a "
-            f"context of n_ctx = {hparams['n_ctx']} needs {hparams['n_ctx'] + 1} and 2"
-        )
-    n_tokens = len(tokenizer.encoder)
-    log_probability = bigram(tokens.tolist(), n_tokens)
-    bigram_loss = -np.mean([log_probability(a, b) for a, b in itertools.pairwise(validation.tolist())])
-    losses = {"uniform": math.log(n_tokens), "bigram": bigram_loss}
-    tokens_per_char = (len(validation) - 1) / (len(document) - split)
-    ids, seed = tokenizer.encode("\n"), record["settings"]["seed"]
+    tokenizer = read_encoder(directory) if resume else choose_tokenizer(settings, document[:split])
+    tokens = np.array(tokenizer.encode(document[:split], allow_special=True))
+    validation = np.array(tokenizer.encode(document[split:], allow_special=True))
+    if len(validation) < 2:
+        raise ValueError(f"{text} is too short: its last tenth, for validation, must have 2 tokens")
+    n_vocab, tokens_per_char = len(tokenizer.encoder), (len(validation) - 1) / (len(document) - split)
+    next_probabilities = bigram(tokens.tolist(), n_vocab)
+    pairs = itertools.pairwise(validation.tolist())
+    losses = {"uniform": math.log(n_vocab), "bigram": -np.mean([np.log(next_probabilities(a)[b]) for a, b in pairs])}
+    ids, rng = tokenizer.encode("\n"), np.random.default_rng(settings["seed"])
     if model == "bigram":
-        rng = np.random.default_rng(seed)
         for _ in range(SAMPLE_LENGTH):
-            logits = np.array([log_probability(ids[-1], b) for b in range(n_tokens)])
-            ids.append(int(sample(logits, rng, SAMPLE_TEMPERATURE)))
+            ids.append(int(sample(np.log(next_probabilities(ids[-1])), rng, SAMPLE_TEMPERATURE)))
+        report(losses, tokens_per_char, tokenizer.decode(ids))
+        return
+
+    if resume:
+        hparams = read_hparams(directory)
+        record.update(settings=settings, saved_step=record["step"])
     else:
-        shapes = param_shapes(hparams)
-        if not resume:
-            for file in (STATE, LOG, PLOT):
-                (directory / file).unlink(missing_ok=True)
-            save_model(directory, tokenizer, hparams, view_as(shapes, vectors["weights"]))
-        record["seconds"] += time.perf_counter() - started
-        try:
-            train(directory, tokens, validation, tokens_per_char, hparams, vectors, record)
-        except KeyboardInterrupt:
-            best = f"{out} has the best weights so far, those of step {record['best_step']}"
-            print(f"\nstopped after step {record['step']}: --resume goes on from there. {best}", file=sys.stderr)
-            raise
-        losses["GPT"] = record["best_loss"]
-        draw_losses(directory / PLOT, record["rows"], bigram_loss)
-        params = map_params(directory / WEIGHTS, shapes)
-        ids += generate(
-            ids, params, hparams["n_head"], SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE, seed=seed, n_vocab=n_tokens
+        hparams, vectors, record = begin(settings, given, n_vocab)
+    if len(tokens) <= hparams["n_ctx"]:
+        raise ValueError(
+            f"{text} is too short: it has {len(tokens)} tokens to train with, and a context of "
+            f"n_ctx = {hparams['n_ctx']} needs {hparams['n_ctx'] + 1}"
         )
-    report(losses, tokens_per_char)
-    print(tokenizer.decode(ids))
+    shapes = param_shapes(hparams)
+    if not resume:
+        for file in (STATE, LOG, PLOT):
+            (directory / file).unlink(missing_ok=True)
+        save_model(directory, tokenizer, hparams, view_as(shapes, vectors["weights"]))
+        record["text"], record["seconds"] = digest, time.perf_counter() - started
+        save_state(directory / STATE, vectors, record)
+    begun_at = record["step"]
+    try:
+        train(directory, tokens, validation, tokens_per_char, hparams, vectors, record)
+    except KeyboardInterrupt:
+        best = f"{out} has the best weights so far, of step {record['best_step']}"
+        print(f"\nstopped: --resume goes on from step {record['saved_step']}; {best}", file=sys.stderr)
+        raise
+    if record["step"] == begun_at:
+        print("the training was finished before: a larger --max_steps, or --minutes, goes on with it")
+    losses["GPT"] = record["best_loss"]
+    draw_losses(directory / PLOT, record["rows"], losses["bigram"])
+    params = map_params(directory / WEIGHTS, shapes)
+    options = {"temperature": SAMPLE_TEMPERATURE, "seed": settings["seed"], "n_vocab": n_vocab}
+    ids += generate(ids, params, hparams["n_head"], SAMPLE_LENGTH, **options)
+    report(losses, tokens_per_char, tokenizer.decode(ids))
+    where = out if Path(out).name != out else f"./{out}"  # a bare name would be looked for in models first
+    print(f"\nto go on from a text of your own: python gpt2.py TEXT --model_size {where}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ CHECKPOINT = "model.ckpt"
 CHECKPOINT_INDEX, CHECKPOINT_DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"
 CHECKPOINT_FILES = ("checkpoint", CHECKPOINT_INDEX, f"{CHECKPOINT}.meta", CHECKPOINT_DATA)
 WEIGHTS, SOURCE = "model.safetensors", "model.source.json"
+OFFLINE = 'The bundled model needs no network: python gpt2.py "ROMEO:" --model_size shakespeare'
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models") -> tuple[Encoder, dict, dict]:
@@ -87,8 +88,12 @@ def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None
         if not path.is_file() or n_bytes not in (None, path.stat().st_size):
             from download import download  # late: most runs have every file
 
+            url = f"{os.environ.get('GPT2_BASE_URL', BASE_URL).rstrip('/')}/{directory.name}/{file}"
             directory.mkdir(parents=True, exist_ok=True)
-            download(f"{os.environ.get('GPT2_BASE_URL', BASE_URL).rstrip('/')}/{directory.name}/{file}", path, n_bytes)
+            try:
+                download(url, path, n_bytes)
+            except OSError as error:
+                raise OSError(f"{error}. {OFFLINE}") from error
 
 
 def read_encoder(directory: Path) -> Encoder:
@@ -247,12 +252,21 @@ def map_params(path: Path, shapes: dict) -> dict:
     return map_leaves(view, shapes)
 
 
-def save_params(path: Path, params: dict) -> None:
-    """Write `params` as a safetensors file with Hugging Face's tensor names, which appears whole or not at all."""
+def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which appears whole or not at all; OSError if it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    with replacing(path) as temporary:
-        save_file(flatten(params, tensor_name), temporary, metadata={"format": "pt"})
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def save_params(path: Path, params: dict) -> None:
+    """Write `params` as `model.safetensors` has them: with Hugging Face's tensor names."""
+    save_tensors(path, flatten(params, tensor_name), {"format": "pt"})
 
 
 def save_model(directory: Path, encoder: Encoder, hparams: dict[str, int], params: dict) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from train import adamw, clip, compute_gradient, initialize, n_blas_threads, view_as, weight_decay
+from train import adamw, clip_gradient, compute_gradient, initialize, n_blas_threads, view_as, weight_decay
 from utils import count_bytes, param_shapes
 
 HPARAMS = {"n_vocab": 1024, "n_ctx": 256, "n_embd": 192, "n_head": 4, "n_layer": 4}
@@ -94,7 +94,7 @@ def numpy_trainer(pool: ThreadPoolExecutor, n_threads: int):
 
     def step(windows: np.ndarray) -> None:
         _, gradient = compute_gradient(windows, params, HPARAMS["n_head"], DROPOUT, (0, 1), shares, pool)
-        clip(gradient)
+        clip_gradient(gradient)
         adamw(weights, gradient, m, v, decay, 1, RATE)
 
     return step

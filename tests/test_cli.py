@@ -354,6 +354,7 @@ def test_a_failed_download_is_one_line_with_the_url(tmp_path, mirror, monkeypatc
     (line,) = result.stderr.decode().splitlines()
     assert f"{mirror.url}/355M/encoder.json" in line
     assert "404" in line
+    assert line.endswith('needs no network: python gpt2.py "ROMEO:" --model_size shakespeare')
 
 
 def test_a_bundled_model_is_found_from_any_directory(tmp_path, monkeypatch):

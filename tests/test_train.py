@@ -1,10 +1,12 @@
 """The optimizer and the data by independent formulas; trainings of seconds from beginning to end, and interrupted."""
 
 import csv
+import inspect
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import train
 from gpt2 import gpt2, softmax
@@ -88,9 +91,9 @@ def test_learning_rate_warms_up_and_then_follows_a_cosine():
 
 def test_gradient_is_clipped_to_norm_1_only_if_it_is_longer():
     gradient = np.array([3, 4], np.float32)
-    assert train.clip(gradient) == 5
+    assert train.clip_gradient(gradient) == 5
     assert gradient == pytest.approx([0.6, 0.8])
-    assert train.clip(gradient) == pytest.approx(1)
+    assert train.clip_gradient(gradient) == pytest.approx(1)
     assert gradient == pytest.approx([0.6, 0.8])
 
 
@@ -112,7 +115,11 @@ def test_adamw_follows_the_paper():
         gradient = 0.1 * random.standard_normal(n)
         rate = 0.01 * step
         train.adamw(
-            **vectors, gradient=gradient.astype(np.float32), decay=decay.astype(np.float32), step=step, rate=rate
+            **vectors,
+            gradient=gradient.astype(np.float32),
+            decay=decay.astype(np.float32),
+            step=step,
+            learning_rate=rate,
         )
         m = 0.9 * m + 0.1 * gradient
         v = 0.95 * v + 0.05 * gradient**2
@@ -135,7 +142,7 @@ def test_adamw_is_that_of_pytorch():
         gradient = random.standard_normal(1000).astype(np.float32)
         parameter.grad = torch.tensor(gradient)
         optimizer.step()
-        train.adamw(**vectors, gradient=gradient, decay=np.full(1000, 0.1, np.float32), step=step, rate=0.01)
+        train.adamw(**vectors, gradient=gradient, decay=np.full(1000, 0.1, np.float32), step=step, learning_rate=0.01)
     np.testing.assert_allclose(vectors["weights"], parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -180,13 +187,18 @@ def test_evaluation_predicts_every_token_but_the_first_in_windows_that_do_not_ov
 
 
 def test_bigram_counts_pairs_and_adds_one():
-    log_probability = train.bigram([0, 1, 0, 1, 0, 2], n_vocab=3)
-    assert log_probability(0, 1) == pytest.approx(math.log(3 / 6))
-    assert log_probability(0, 2) == pytest.approx(math.log(2 / 6))
-    assert log_probability(0, 0) == pytest.approx(math.log(1 / 6))
-    assert log_probability(1, 0) == pytest.approx(math.log(3 / 5))
-    assert log_probability(2, 0) == pytest.approx(math.log(1 / 3))  # never seen to be followed
-    assert sum(math.exp(log_probability(1, b)) for b in range(3)) == pytest.approx(1)
+    probabilities = train.bigram([0, 1, 0, 1, 0, 2], n_vocab=3)
+    assert probabilities(0).tolist() == pytest.approx([1 / 6, 3 / 6, 2 / 6])
+    assert probabilities(1).tolist() == pytest.approx([3 / 5, 1 / 5, 1 / 5])
+    assert probabilities(2).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])  # never seen to be followed
+
+
+def test_the_help_states_the_defaults():
+    stated = dict(re.findall(r"^--(\w+) (\S+)  ", inspect.getdoc(main), flags=re.MULTILINE))
+    for name, default in train.DEFAULTS.items():
+        expected = {"minutes": "N", "encoder": "NAME", "init_from": "NAME"}.get(name, str(default))
+        assert stated[name] == expected, name
+    assert f"(with --init_from: {train.FINE_TUNING['learning_rate']})" in main.__doc__
 
 
 # Trainings
@@ -212,10 +224,11 @@ def test_a_training_makes_a_model_that_beats_the_bigram_and_loads_like_any_other
         loss = train.evaluate(tokens, params, hparams["n_head"], pool)
     assert table["GPT"] == pytest.approx([loss, loss * (len(tokens) - 1) / len(tail)], abs=1e-4)
     pairs = train.bigram(encoder.encode(content[: len(content) * 9 // 10]), 270)
-    expected = -np.mean([pairs(a, b) for a, b in itertools.pairwise(tokens.tolist())])
+    expected = -np.mean([np.log(pairs(a)[b]) for a, b in itertools.pairwise(tokens.tolist())])
     assert table["bigram"] == pytest.approx([expected, expected * (len(tokens) - 1) / len(tail)], abs=1e-4)
     sample = printed.split("GPT")[-1]
     assert "say " in sample
+    assert f"python gpt2.py TEXT --model_size {out}" in sample
 
     shown = run("gpt2.py", "The dog and the", "--model_size", str(out), "--stop", ".")
     assert (shown.returncode, shown.stdout.decode()) == (0, " dog say woof\n")
@@ -303,20 +316,25 @@ def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_status_130(text, tmp_path)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    message = errors.decode().strip()
-    assert len(message.splitlines()) == 1
-    assert "stopped after step" in message
-    assert "--resume" in message
+    first, last = errors.decode().strip().split("\n\n")
+    assert first.startswith("finishing this step")
+    step = int(re.fullmatch(rf"stopped: --resume goes on from step (\d+); {out} has the best weights .*", last)[1])
+    assert train.load_state(Path(out, train.STATE))[1]["step"] == step > 0
     assert sorted(path.name for path in Path(out).iterdir()) == [
         "encoder.json", "hparams.json", "model.safetensors", "train.csv", "training.safetensors", "vocab.bpe"
     ]  # fmt: skip
     load_encoder_hparams_and_params(out)
 
 
-def test_a_finished_training_can_be_made_longer(text, tmp_path):
+def test_a_finished_training_can_be_made_longer(text, tmp_path, capsys):
     main(text, str(tmp_path / "m"), **SMALL, max_steps=5)
     main(text, str(tmp_path / "m"), resume=True, max_steps=10)
     assert [row["step"] for row in rows_of(tmp_path / "m")] == ["0", "5", "10"]
+    assert "finished before" not in capsys.readouterr().out
+    before = weights_of(tmp_path / "m")
+    main(text, str(tmp_path / "m"), resume=True)
+    assert "the training was finished before: a larger --max_steps" in capsys.readouterr().out
+    assert weights_of(tmp_path / "m") == before
 
 
 def test_minutes_fit_the_whole_schedule_into_the_time(text, tmp_path):
@@ -341,20 +359,24 @@ def test_the_best_weights_are_kept_and_not_the_last(text, tmp_path, monkeypatch)
     assert weights_of(tmp_path / "m") == saved[1] != saved[0]
 
 
-def test_a_training_that_diverges_stops_and_keeps_the_last_good_weights(text, tmp_path):
-    shown = run("train.py", text, f"--out={tmp_path / 'm'}", *FLAGS, "--max_steps=50", "--learning_rate=1e30")
+@pytest.mark.parametrize("flag", ["--eval_every=5", "--eval_every=1", "--max_steps=1"])
+def test_a_training_that_diverges_stops_and_keeps_the_last_good_weights(text, tmp_path, flag):
+    out = tmp_path / "m"
+    shown = run("train.py", text, f"--out={out}", *FLAGS, "--max_steps=50", "--learning_rate=1e30", flag)
     assert shown.returncode == 1
-    message = shown.stderr.decode()
-    assert len(message.splitlines()) == 1
-    assert "diverged at step" in message
-    assert "nan" in message
-    params = load_encoder_hparams_and_params(str(tmp_path / "m"))[2]
-    assert all(np.isfinite(array).all() for array in flatten(params, tensor_name).values())
+    (message,) = shown.stderr.decode().splitlines()
+    assert re.search(r"the training diverged: after step \d+ the loss is nan\. Try a lower --learning_rate", message)
+    for name in ("model.safetensors", "training.safetensors"):
+        with safe_open(out / name, framework="numpy") as file:
+            assert all(np.isfinite(file.get_tensor(tensor)).all() for tensor in file.keys())  # noqa: SIM118
+    shown = run("train.py", text, f"--out={out}", "--resume", "--learning_rate=1e-3", "--max_steps=12")
+    assert shown.returncode == 0
+    assert rows_of(out)[-1]["step"] == "12"
 
 
 def test_bigram_stops_after_its_sample(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(text, model="bigram", n_vocab=270)
+    main(text, "m", model="bigram", n_vocab=270)
     printed = capsys.readouterr().out
     assert "bigram" in printed
     assert "GPT" not in printed
@@ -382,6 +404,33 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(text, tmp_path, tiny_mod
     assert float(rows[-1]["validation_loss"]) < before
     assert max(float(row["learning_rate"]) for row in rows) <= 1e-4
     assert np.abs(params["wte"] - tiny_params["wte"]).max() < 0.01
+
+
+def test_the_shape_of_a_model_to_start_from_is_its_own(text, tmp_path, tiny_model):
+    with pytest.raises(ValueError, match=r"n_layer is 2 in .*: it cannot be 3"):
+        main(text, str(tmp_path / "m"), init_from=str(tiny_model), n_layer=3)
+    main(text, str(tmp_path / "m"), init_from=str(tiny_model), n_head=4, n_embd=48, max_steps=1)
+    assert load_encoder_hparams_and_params(str(tmp_path / "m"))[1] == TINY
+
+
+def test_end_of_text_is_not_learned_letter_by_letter(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("<|endoftext|>".join(f"{n} {n + 7}" for n in range(400)))
+    main(str(path), str(tmp_path / "m"), **SMALL | {"n_vocab": 262}, max_steps=1)
+    tokens = json.loads((tmp_path / "m" / "encoder.json").read_text())
+    assert not any(len(token) > 1 and set(token) & set("endoftx|<>") for token in tokens.keys() - {"<|endoftext|>"})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of the size of files are POSIX")
+def test_a_full_disk_is_one_line(text, tmp_path):
+    import resource
+
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))}
+    shown = run("train.py", text, f"--out={tmp_path / 'm'}", *FLAGS, "--max_steps=1", **limit)
+    (message,) = shown.stderr.decode().splitlines()
+    assert shown.returncode == 1
+    assert "model.safetensors could not be written" in message
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["encoder.json", "hparams.json", "vocab.bpe"]
 
 
 def test_overwrite_replaces_the_model_and_leaves_other_files(text, tmp_path):
@@ -412,17 +461,18 @@ def test_without_matplotlib_a_line_says_so(text, tmp_path, monkeypatch, capsys):
     ("flags", "message"),
     [
         (["--out={out}", "--n_head=3"], "n_embd = 16 is not a multiple of n_head = 3"),
-        (["--out={out}", "--n_vocab=5000"], "n_vocab = 5000"),
+        (["--out={out}", "--n_vocab=5000"], "not for n_vocab = 5000: give at most "),
         (["--out={out}", "--n_vocab=100"], "n_vocab must be at least 257"),
         (["--out={out}", "--n_ctx=100000"], "too short"),
         (["--out={out}", "--n_layer=0"], "n_layer must be a whole number"),
         (["--out={out}", "--batch_size=1.5"], "batch_size must be a whole number"),
         (["--out={out}", "--max_steps=0"], "max_steps must be a whole number"),
-        (["--out={out}", "--minutes=0"], "minutes must be a number"),
+        (["--out={out}", "--minutes=0"], "minutes must be more than 0"),
         (["--out={out}", "--minutes=soon"], "minutes must be a number"),
-        (["--out={out}", "--dropout=1"], "dropout must be a number"),
+        (["--out={out}", "--dropout=1"], "dropout must be below 1"),
         (["--out={out}", "--dropout=-0.1"], "dropout must be a number"),
         (["--out={out}", "--learning_rate=nan"], "learning_rate must be a number"),
+        (["--out={out}", "--learning_rate=inf"], "learning_rate must be a number"),
         (["--out={out}", "--seed=-1"], "seed must be a whole number"),
         (["--out={out}", "--model=lstm"], "model must be gpt or bigram"),
         (["--out={out}", "--encoder=nowhere"], "there is no model 'nowhere'"),
@@ -430,6 +480,7 @@ def test_without_matplotlib_a_line_says_so(text, tmp_path, monkeypatch, capsys):
         (["--out={out}", "--init_from=a", "--encoder=b"], "leave out --init_from or --encoder"),
         (["--out={out}", "--resume"], "nothing to resume"),
         (["--out={out}", "--resume", "--overwrite"], "leave out one of them"),
+        (["--out={out}/355M"], "355M is the name of a released model"),
         ([], "--out is missing"),
     ],
 )
@@ -461,9 +512,13 @@ def test_what_exists_is_not_replaced_unasked(text, tmp_path):
     out = tmp_path / "m"
     main(text, str(out), **SMALL, max_steps=1)
     before = weights_of(out)
-    with pytest.raises(FileExistsError, match="exists already: --resume goes on with its training, --overwrite"):
+    with pytest.raises(FileExistsError, match="exists already: --overwrite replaces its model, --resume goes on with"):
         main(text, str(out), **SMALL, max_steps=2)
-    with pytest.raises(ValueError, match="begun with n_embd = 16, and can not go on with 32"):
+    with pytest.raises(FileExistsError, match=r"exists already: --overwrite replaces its model$"):
+        main(text, str(tmp_path), **SMALL, max_steps=2)
+    with pytest.raises(NotADirectoryError, match="is a file, not a directory"):
+        main(text, text, **SMALL, overwrite=True)
+    with pytest.raises(ValueError, match="begun with n_embd = 16: it cannot go on with 32"):
         main(text, str(out), n_embd=32, resume=True)
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text() + "!")
