@@ -125,7 +125,9 @@ def adamw(weights: Array, gradient: Array, m: Array, v: Array, decay: Array, ste
 
 def n_blas_threads() -> int:
     """The threads that NumPy's matrix products would use: one a core, unless the environment says otherwise."""
-    return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+    return max(
+        (pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=os.cpu_count() or 1
+    )
 
 
 def compute_gradient(

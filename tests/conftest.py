@@ -6,8 +6,8 @@ import pytest
 from hypothesis import settings
 
 from encoder import Encoder
-from helpers import DATA_PLACES, TINY, random_params, serving, tiny_tables, write_checkpoint, write_model
-from utils import checkpoint_name, flatten, read_encoder
+from helpers import BUNDLED, DATA_PLACES, TINY, random_params, serving, tiny_tables, write_checkpoint, write_model
+from utils import checkpoint_name, flatten, load_encoder_hparams_and_params, read_encoder
 
 settings.register_profile("noisy machines", deadline=None)
 settings.load_profile("noisy machines")
@@ -42,6 +42,12 @@ def tiny_tensors(tiny_params):
 def released(tmp_path_factory, tiny_tensors):
     """The path of a directory that a mirror serves: a small model in the released layout, under the name 124M."""
     return write_checkpoint(tmp_path_factory.mktemp("mirror") / "124M", tiny_tensors).parent
+
+
+@pytest.fixture(scope="session")
+def shakespeare():
+    """The tokenizer, hyperparameters and weights of the bundled model."""
+    return load_encoder_hparams_and_params(str(BUNDLED))
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from utils import flatten, map_leaves, param_shapes, tensor_name
 
 ROOT = Path(__file__).parent.parent
 DATA_PLACES = (ROOT.parent / "shared" / "data" / "gpt2", ROOT / "models" / "124M")
+BUNDLED = ROOT / "models" / "shakespeare"
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
 TINY = {"n_vocab": 300, "n_ctx": 32, "n_embd": 48, "n_head": 4, "n_layer": 2}
 
