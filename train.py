@@ -258,7 +258,6 @@ def train(
                 loss = evaluate(validation, params, n_head, pool)
                 check_loss(loss, out, record)
                 rows.append([step, sum(losses) / len(losses) if losses else None, loss, learning_rate, speed])
-                losses.clear()
                 if loss < record["best_loss"]:
                     record.update(best_step=step, best_loss=loss)
                     save_params(out / WEIGHTS, params)
@@ -280,6 +279,7 @@ def train(
             adamw(**vectors, gradient=gradient, decay=decay, step=step + 1, learning_rate=learning_rate)
             record["step"] += 1
             losses.append(loss)
+            del losses[: -settings["eval_every"]]  # so that an early last evaluation does not show the mean of a few
             speed_tokens += windows[:, 1:].size
             bar.total = round((step + 1) / progress) if settings["minutes"] and progress else settings["max_steps"]
             bar.update()
@@ -501,6 +501,10 @@ def main(
         save_model(directory, tokenizer, hparams, view_as(shapes, vectors["weights"]))
         record["text"], record["seconds"] = digest, time.perf_counter() - started
         save_state(directory / STATE, vectors, record)
+    print(
+        f"{len(tokens):,} tokens to train with, {len(validation):,} to validate with; "
+        f"{len(vectors['weights']):,} parameters; {n_blas_threads()} threads"
+    )
     begun_at = record["step"]
     try:
         train(directory, tokens, validation, tokens_per_char, hparams, vectors, record)

@@ -234,7 +234,15 @@ def test_a_training_makes_a_model_that_beats_the_bigram_and_loads_like_any_other
     assert (shown.returncode, shown.stdout.decode()) == (0, " dog say woof\n")
 
 
-def test_the_log_has_a_row_for_each_evaluation(text, tmp_path):
+def test_the_log_has_a_row_for_each_evaluation(text, tmp_path, monkeypatch):
+    original, losses = train.compute_gradient, []
+
+    def compute_gradient(*args):
+        loss, gradient = original(*args)
+        losses.append(loss)
+        return loss, gradient
+
+    monkeypatch.setattr(train, "compute_gradient", compute_gradient)
     main(text, str(tmp_path / "m"), **SMALL, max_steps=12)
     rows = rows_of(tmp_path / "m")
     assert list(rows[0]) == ["step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second"]
@@ -243,6 +251,8 @@ def test_the_log_has_a_row_for_each_evaluation(text, tmp_path):
     assert float(rows[0]["validation_loss"]) == pytest.approx(math.log(270), abs=0.1)
     assert float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
     assert all(0 < float(row["learning_rate"]) <= 1.5e-3 for row in rows)
+    means = [np.mean(losses[max(step - 5, 0) : step]) for step in (5, 10, 12)]  # of the last five steps
+    assert [float(row["train_loss"]) for row in rows[1:]] == pytest.approx(means)
     assert all(float(row["tokens_per_second"]) > 0 for row in rows[1:])
 
 
