@@ -7,7 +7,7 @@ import pytest
 
 import backprop
 import gpt2
-from helpers import random_params
+from helpers import TINY, random_params
 from make_golden import GRADIENT_HPARAMS, golden, gradient_inputs, reference_gradient
 from train import view_as
 from utils import flatten, map_leaves, param_shapes, tensor_name
@@ -206,6 +206,18 @@ def test_dropout_drops_the_share_and_keeps_the_mean():
     assert np.mean(y == 0) == pytest.approx(0.25, abs=0.005)
     assert np.unique(y).tolist() == [0, np.float32(1 / 0.75)]
     assert np.array_equal(backward(x), y)
+
+
+def test_dropout_is_of_embeddings_attention_weights_and_what_is_added_to_the_residual_stream(tiny_params, monkeypatch):
+    original, shapes = backprop.dropout, []
+
+    def dropout(x, rate, rng):
+        shapes.append(x.shape)
+        return original(x, rate, rng)
+
+    monkeypatch.setattr(backprop, "dropout", dropout)
+    backprop.gpt2_loss(np.arange(21), tiny_params, 4, 0.1, np.random.default_rng(0))
+    assert shapes == [(20, 48)] + TINY["n_layer"] * [(4, 20, 20), (20, 48), (20, 48)]
 
 
 def test_dropout_of_zero_changes_nothing_and_draws_nothing():

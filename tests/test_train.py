@@ -258,7 +258,7 @@ def test_the_log_has_a_row_for_each_evaluation(text, tmp_path, monkeypatch):
 
 def test_the_tokenizer_is_learned_from_the_training_part_only(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("abc abd abe " * 300 + "zzzzzzzz " * 40)  # the last tenth is in these
+    path.write_text("abc abd abe " * 300 + "z" * 390)  # the last tenth is in these, whose pair is among the commonest
     main(str(path), str(tmp_path / "m"), **SMALL | {"n_vocab": 262}, max_steps=1)
     tokens = json.loads((tmp_path / "m" / "encoder.json").read_text())
     assert "ab" in tokens
@@ -277,6 +277,14 @@ def test_the_same_seed_gives_the_same_weights(text, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         main(text, str(tmp_path / name), **SMALL, max_steps=8, dropout=0.2, seed=seed)
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
+
+
+@pytest.mark.parametrize("constant", ["WEIGHT_DECAY", "MAX_NORM", "WARM_UP"])
+def test_a_training_uses(constant, text, tmp_path, monkeypatch):
+    main(text, str(tmp_path / "a"), **SMALL, max_steps=5)
+    monkeypatch.setattr(train, constant, 0.5 * getattr(train, constant))
+    main(text, str(tmp_path / "b"), **SMALL, max_steps=5)
+    assert weights_of(tmp_path / "a") != weights_of(tmp_path / "b")
 
 
 @pytest.mark.parametrize("step", [1, 7, 10, 20])
