@@ -6,6 +6,7 @@ most often first (Sennrich et al. 2016; GPT-2 paper, section 2.2). Any string ha
 
 import codecs
 import heapq
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -51,15 +52,18 @@ class Encoder:
     def __init__(self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace") -> None:
         self.encoder = encoder
         self.decoder = {i: token for token, i in encoder.items()}
-        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
+        self.bpe_ranks = dict(zip(bpe_merges, itertools.count()))
         self.errors = errors
         self.eot_id = encoder.get(END_OF_TEXT)  # None in a vocabulary without it
         self._cache: dict[str, list[int]] = {}
         if self.decoder.keys() != set(range(len(encoder))):
             raise ValueError("the vocabulary's ids must be 0, 1, 2 and so on, each once")
-        for a, b in self.bpe_ranks:
-            if a + b not in encoder or a not in encoder or b not in encoder:
-                raise ValueError(f"the merge of {a!r} and {b!r} names a token that is not in the vocabulary")
+        made = set(map("".join, self.bpe_ranks))
+        if missing := made.union(*self.bpe_ranks) - encoder.keys():
+            raise ValueError(f"the merges name {min(missing)!r}, which is not in the vocabulary")
+        orphans = encoder.keys() - made - BYTE_DECODER.keys()
+        if orphans := [token for token in orphans if not (token[:1] == "<" and token[-1:] == ">")]:
+            raise ValueError(f"no merge makes {min(orphans)!r}, which is in the vocabulary and no special token")
         if missing := BYTE_DECODER.keys() - encoder.keys():
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 single bytes: {''.join(sorted(missing))}")
 
