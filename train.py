@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray as Array
 from safetensors import SafetensorError, safe_open
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from backprop import gpt2_loss
 from encoder import END_OF_TEXT, Encoder, get_encoder, train_bpe
 from gpt2 import generate
+from prefill import n_blas_threads
 from sampling import check_count, sample
 from utils import (
     RELEASED,
@@ -121,13 +122,6 @@ def adamw(weights: Array, gradient: Array, m: Array, v: Array, decay: Array, ste
         v[part] += (1 - beta_2) * (g * g - v[part])
         weights[part] *= 1 - learning_rate * decay[part]
         weights[part] -= learning_rate / (1 - beta_1**step) * m[part] / (np.sqrt(v[part] / (1 - beta_2**step)) + 1e-8)
-
-
-def n_blas_threads() -> int:
-    """The threads that NumPy's matrix products would use: one a core, unless the environment says otherwise."""
-    return max(
-        (pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=os.cpu_count() or 1
-    )
 
 
 def compute_gradient(
@@ -240,7 +234,7 @@ def train(
     max_steps, max_seconds = settings["max_steps"] or math.inf, 60 * (settings["minutes"] or math.inf)
     shapes, n_head, n_ctx = param_shapes(hparams), hparams["n_head"], hparams["n_ctx"]
     params, decay = view_as(shapes, vectors["weights"]), weight_decay(shapes)
-    n_threads = n_blas_threads()
+    n_threads = n_blas_threads() or os.cpu_count() or 1
     buffers = [np.empty_like(decay) for _ in range(min(n_threads, settings["batch_size"]))]
     shares = [(buffer, view_as(shapes, buffer)) for buffer in buffers]
     bar = tqdm(initial=record["step"], unit="step", disable=None)
@@ -503,7 +497,7 @@ def main(
         save_state(directory / STATE, vectors, record)
     print(
         f"{len(tokens):,} tokens to train with, {len(validation):,} to validate with; "
-        f"{len(vectors['weights']):,} parameters; {n_blas_threads()} threads"
+        f"{len(vectors['weights']):,} parameters; {n_blas_threads() or os.cpu_count()} threads"
     )
     begun_at = record["step"]
     try:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2 as module
+import prefill
 from gpt2 import (
     attention,
     ffn,
@@ -88,6 +89,29 @@ def test_attention_sees_no_position_after_its_own():
         np.testing.assert_allclose(whole[i], weights / weights.sum() @ v[: i + 1])
 
 
+@pytest.mark.parametrize(("n_q", "n_past"), [(1, 0), (1, 9), (2, 5), (63, 0), (64, 3), (65, 0), (200, 40)])
+def test_causal_attention_in_blocks_is_attention_with_a_mask(n_q, n_past):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 8)).astype(np.float32) for n in (n_q, n_past + n_q, n_past + n_q))
+    mask = np.where(np.tri(n_q, n_past + n_q, n_past, dtype=bool), 0, -1e10).astype(np.float32)
+    assert_close(module.causal_attention(q, k, v), attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 4, 5, 16])
+def test_a_product_of_few_rows_is_that_of_many(n_rows):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(n_rows, 30)), rng.normal(size=(30, 7))
+    assert_close(module.matmul(x, w), x @ w)
+    assert module.matmul(x[:, None], w).shape == (n_rows, 1, 7)
+
+
+def test_functions_take_whole_numbers_as_the_blog_post_shows():
+    x = np.array([[2, 100], [-5, 0]])
+    np.testing.assert_allclose(softmax(x), softmax(x.astype(float)))
+    np.testing.assert_allclose(gelu(x), gelu(x.astype(float)))
+    np.testing.assert_allclose(layer_norm(x, 1, 0), layer_norm(x.astype(float), 1, 0))
+
+
 def test_mha_is_each_head_on_its_own(tiny_params):
     x = np.random.default_rng(0).normal(size=(7, N_EMBD)).astype(np.float32)
     attn = tiny_params["blocks"][0]["attn"]
@@ -124,6 +148,8 @@ def test_float32_stays_float32_in_every_function(tiny_params, ids):
         "matmul": module.matmul(x, block["mlp"]["c_fc"]["w"]),
         "ffn": ffn(x, **block["mlp"]),
         "attention": attention(x, x, x, mask),
+        "causal_attention": module.causal_attention(x, x, x),
+        "split_heads": module.split_heads(x, block["attn"]["c_attn"], N_HEAD)[0],
         "mha": mha(x, **block["attn"], n_head=N_HEAD),
         "transformer_block": transformer_block(x, **block, n_head=N_HEAD),
         "hidden_states": hidden_states(ids, **tiny_params, n_head=N_HEAD),
@@ -298,13 +324,13 @@ def test_a_prompt_may_have_any_type_of_whole_number(tiny_params, dtype):
 
 def test_a_step_past_the_context_reuses_the_cache(tiny_params, ids, monkeypatch):
     lengths = []
-    original = module.hidden_states
+    original = prefill.prefill
 
-    def counted(inputs, *args, **kwargs):
+    def counted(inputs, *args):
         lengths.append(np.shape(inputs)[-1])
-        return original(inputs, *args, **kwargs)
+        return original(inputs, *args)
 
-    monkeypatch.setattr(module, "hidden_states", counted)
+    monkeypatch.setattr(prefill, "prefill", counted)
     generate(ids, tiny_params, N_HEAD, N_CTX)
     n_after_drop = N_CTX + 1 - N_CTX // 2
     assert lengths[: N_CTX - 20 + 2] == [20] + [1] * (N_CTX - 20) + [n_after_drop]
