@@ -1,0 +1,202 @@
+"""int8 weights answer as the arrays they stand for, and are mapped from a file that is never stale."""
+
+import os
+
+import numpy as np
+import pytest
+
+from gpt2 import generate, gpt2, new_cache
+from helpers import BUNDLED, TINY, random_params, run, write_model
+from test_shakespeare import HELD_OUT_LOSS, PARAGRAPH, PARAGRAPH_LOSS, nats_per_character, shakespeare_text
+from utils import load_encoder_hparams_and_params
+
+pytest.importorskip("numba", reason="Numba is not installed: pip install -r requirements-fast.txt")
+
+import quantize as module
+from quantize import INT8_WEIGHTS, MOST_ROWS, Int8, map_quantized, quantize, quantize_rows
+
+N_HEAD = TINY["n_head"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A model directory to write to, and its weights."""
+    directory = write_model(tmp_path / "tiny")
+    return directory, load_encoder_hparams_and_params(str(directory))[2]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_a_row_is_the_nearest_multiples_of_a_127th_of_its_largest_number():
+    rows = normal(2000, 30)
+    rows[5] = 0
+    quantized, scale = quantize_rows(rows)
+    assert (quantized.dtype, scale.dtype) == (np.int8, np.float32)
+    error = np.abs(quantized * scale[:, None] - rows)
+    assert np.all(error <= scale[:, None] * 0.5001)
+    assert np.array_equal(np.abs(quantized).max(axis=1), np.where(np.arange(2000) == 5, 0, 127))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(bad):
+    rows = normal(3, 4)
+    rows[1, 2] = bad
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        quantize_rows(rows)
+
+
+@pytest.mark.parametrize("n_out", [1, 7, 8, 300, 1605])
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (MOST_ROWS,), (MOST_ROWS + 1,), (2, 40)], ids=str)
+def test_a_product_is_that_of_the_float32_array_it_stands_for(n_out, leading):
+    w = Int8(*quantize_rows(normal(n_out, 70)), transposed=True)
+    x = normal(*leading, 70, seed=1)
+    expected = x @ np.asarray(w)
+    assert w.shape == (70, n_out)
+    assert (x @ w).dtype == np.float32
+    np.testing.assert_allclose(x @ w, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(x @ w.T.T, x @ w)
+
+
+def test_a_table_answers_rows_and_its_transpose():
+    table = normal(300, 48)
+    wte = Int8(*quantize_rows(table))
+    assert (wte.shape, wte.T.shape, wte.ndim) == ((300, 48), (48, 300), 2)
+    ids = np.array([[3, 299], [0, 3]])
+    assert wte[ids].shape == (2, 2, 48)
+    assert wte[ids].dtype == np.float32
+    np.testing.assert_array_equal(wte[ids], np.asarray(wte)[ids])
+    np.testing.assert_array_equal(wte.T[2], np.asarray(wte)[:, 2])
+    np.testing.assert_allclose(wte[ids], table[ids], atol=np.abs(table).max() / 127)
+    np.testing.assert_allclose(normal(2, 300) @ wte, normal(2, 300) @ np.asarray(wte))
+
+
+def test_a_product_of_shapes_that_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="cannot be multiplied"):
+        normal(2, 47) @ Int8(*quantize_rows(normal(300, 48))).T
+
+
+def test_the_model_does_not_know(tiny_params):
+    quantized = quantize(tiny_params)
+    ids = np.random.default_rng(0).integers(0, TINY["n_vocab"], 20)
+    logits, expected = (gpt2(ids, **params, n_head=N_HEAD) for params in (quantized, tiny_params))
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
+    cache = new_cache(quantized, N_HEAD, 20)
+    steps = [gpt2(ids[i : i + 4], **quantized, n_head=N_HEAD, cache=cache) for i in range(0, 20, 4)]
+    np.testing.assert_allclose(np.concatenate(steps), logits, rtol=0, atol=2e-5 * np.ptp(logits))
+    assert generate([1, 2], quantized, N_HEAD, 40, n_samples=2) == [generate([1, 2], quantized, N_HEAD, 40)] * 2
+
+
+def test_it_takes_a_quarter_of_the_bytes(shakespeare):
+    params = shakespeare[2]
+    blocks = quantize(params)["blocks"]
+    for name in ("attn", "mlp"):
+        for part, layer in blocks[0][name].items():
+            assert layer["w"].nbytes < 0.27 * params["blocks"][0][name][part]["w"].nbytes
+
+
+def test_the_loss_of_the_bundled_model_changes_by_less_than_half_a_percent(shakespeare):
+    encoder, hparams, params = shakespeare
+    loss = nats_per_character(PARAGRAPH, encoder, hparams, quantize(params))
+    assert loss == pytest.approx(PARAGRAPH_LOSS, rel=0.005)
+
+
+@pytest.mark.slow
+def test_so_does_its_loss_on_the_last_tenth_of_its_text(shakespeare):
+    encoder, hparams, params = shakespeare
+    text = shakespeare_text()
+    loss = nats_per_character(text[len(text) * 9 // 10 :], encoder, hparams, quantize(params))
+    assert loss == pytest.approx(HELD_OUT_LOSS, rel=0.005)
+
+
+# The file
+
+
+def leaves_of(params):
+    return {name: np.asarray(leaf) for name, leaf in module.flatten(params, module.tensor_name).items()}
+
+
+def assert_same(found, expected):
+    found, expected = leaves_of(found), leaves_of(expected)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_file_is_made_once_and_then_mapped(tiny, monkeypatch):
+    directory, params = tiny
+    assert_same(map_quantized(directory, params), quantize(params))
+    monkeypatch.setattr(module, "quantize", None)
+    mapped = map_quantized(directory, params)
+    monkeypatch.undo()
+    assert_same(mapped, quantize(params))
+    with pytest.raises(ValueError, match="read-only"):
+        mapped["wte"].rows[0] = 0
+
+
+def test_other_weights_make_it_anew(tiny):
+    directory, params = tiny
+    map_quantized(directory, params)
+    write_model(directory, params=random_params(TINY, seed=1))
+    os.utime(directory / "model.safetensors", (1, 1))
+    params = load_encoder_hparams_and_params(str(directory))[2]
+    assert_same(map_quantized(directory, params), quantize(params))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"{" * 99, None])
+def test_a_damaged_file_is_made_anew(tiny, damage):
+    directory, params = tiny
+    map_quantized(directory, params)
+    path = directory / INT8_WEIGHTS
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:  # complete, but of another shape
+        tensors, metadata = module.map_tensors(path)
+        module.save_tensors(path, tensors | {"wte.weight": tensors["wte.weight"][:-1]}, metadata)
+    assert_same(map_quantized(directory, params), quantize(params))
+    assert_same(module.from_tensors(params, module.map_tensors(path)[0]), quantize(params))
+
+
+def test_where_it_cannot_be_written_the_weights_stay_in_memory(tiny, monkeypatch, capsys):
+    directory, params = tiny
+
+    def fails(path, *args):
+        raise OSError(f"{path} could not be written: the disk is full")
+
+    monkeypatch.setattr(module, "save_tensors", fails)
+    assert_same(map_quantized(directory, params), quantize(params))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "int8" in line and "the disk is full" in line
+
+
+# The command line
+
+
+def test_the_command_line_generates_with_int8(tmp_path):
+    model = tmp_path / "shakespeare"
+    model.mkdir()
+    for path in BUNDLED.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    for _ in range(2):
+        shown = run("gpt2.py", "ROMEO:", f"--model_size={model}", "--n_tokens_to_generate=20", "--quantize=int8")
+        encoder, hparams, params = load_encoder_hparams_and_params(str(model))
+        ids = generate(encoder.encode("ROMEO:"), quantize(params), hparams["n_head"], 20)
+        assert (shown.returncode, shown.stdout.decode()) == (0, encoder.decode(ids) + "\n")
+        assert (model / INT8_WEIGHTS).is_file()
+
+
+def test_other_kinds_are_refused_by_name():
+    shown = run("gpt2.py", "a", "--model_size=shakespeare", "--quantize=int4")
+    assert (shown.returncode, shown.stdout) == (1, b"")
+    assert shown.stderr == b"gpt2.py: quantize must be int8, not 'int4'\n"
+
+
+def test_without_numba_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('not here')")
+    shown = run(
+        "gpt2.py", "a", "--model_size=shakespeare", "--quantize=int8", env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    (line,) = shown.stderr.decode().splitlines()
+    assert shown.returncode == 1
+    assert "pip install -r requirements-fast.txt" in line
