@@ -227,7 +227,7 @@ def stream(
             cache["n_past"] = 0  # as good as empty: what it holds from there on is never read, only written over
             new = context = context[..., max(n_ctx // 2, 1) :]
         x = prefill(new, params, n_head, cache)  # [..., n_embd]
-        logits = (x @ params["wte"].T)[..., :n_vocab]  # -> [..., n_vocab]
+        logits = matmul(x, params["wte"].T)[..., :n_vocab]  # -> [..., n_vocab]
         if n_samples is not None and context.ndim == 1:  # the prompt was computed once: now go on as a batch
             context, logits = (np.repeat(a[None], n_samples, axis=0) for a in (context, logits))
             cache["kv"] = np.repeat(cache["kv"][:, None], n_samples, axis=1)
