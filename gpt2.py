@@ -84,7 +84,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
     if mask is not None:
-        scores += mask
+        scores = scores + mask
     return softmax(scores) @ v
 
 
@@ -269,7 +269,7 @@ def main(
     --n_samples 1               how many continuations, made at once
     --stop TEXT                 end before this text
     --ignore_eot                go on after the model ends its text with <|endoftext|>
-    --quantize int8             weights of a quarter of the size, three times as fast, nearly the same (needs Numba)
+    --quantize int8             weights of a quarter of the size: of a large model, three times as fast (needs Numba)
     """
     check_options(temperature, top_k, top_p, seed)
     check_count("n_tokens_to_generate", n_tokens_to_generate)

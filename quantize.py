@@ -5,13 +5,18 @@ Each weight matrix becomes int8 with one float32 scale for each output, behind a
 """
 
 import contextlib
+import hashlib
+import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray as Array
 
+# Threads that wait busily for long are many times slower as soon as another process wants their core.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 try:
     from numba import float32, njit, prange
 except ImportError as error:
@@ -23,10 +28,22 @@ INT8_WEIGHTS = "model.int8.safetensors"
 MOST_ROWS = 48  # of x, for which `multiply` is faster than to make float32 of w and have BLAS multiply
 BLOCK = 768  # outputs for which float32 is made at a time
 ANY_ORDER = {"reassoc", "contract"}  # of the terms of a sum, so that it is vectorized
-compiled = {"nogil": True, "cache": True, "fastmath": ANY_ORDER}
 
 
-@njit(parallel=True, **compiled)
+def compiled(parallel: bool = False) -> Callable:
+    """Numba's njit, which keeps what it has compiled on disk, if there is a directory that it can write to."""
+
+    def compile_it(function: Callable) -> Callable:
+        options = {"parallel": parallel, "nogil": True, "fastmath": ANY_ORDER}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # there is none, so every process compiles
+            return njit(**options)(function)
+
+    return compile_it
+
+
+@compiled(parallel=True)
 def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
     """y[i, j] = scale[j] * (x[i] . rows[j]): float32 [n, n_in], int8 [n_out, n_in], float32 [n_out], [n, n_out].
 
@@ -58,7 +75,7 @@ def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
             y[i, j] = y0 * scale[j]
 
 
-@njit(**compiled)
+@compiled()
 def dequantize(rows: Array, scale: Array, w: Array) -> None:
     """w[j, k] = scale[j] * rows[j, k]: int8 [n_out, n_in], float32 [n_out], float32 [n_out, n_in]."""
     for j in range(rows.shape[0]):
@@ -120,7 +137,7 @@ class Int8:
                 w = np.empty(self.rows[block].shape, np.float32)
                 dequantize(self.rows[block], self.scale[block], w)
                 np.matmul(rows, w.T, out=y[:, block])
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], self.shape[1])
 
 
 def quantize_rows(rows: Array) -> tuple[Array, Array]:
@@ -134,7 +151,7 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
         largest = np.abs(rows[block]).max(axis=1)
         if not np.isfinite(largest).all():
             raise ValueError("the weights hold numbers that are infinite or NaN: int8 cannot")
-        scale[block] = np.where(largest == 0, 1, largest / 127)
+        scale[block] = np.maximum(largest / 127, np.finfo(np.float32).tiny)  # of a row of zeros too
         quantized[block] = np.rint(rows[block] / scale[block, None])
     quantized.flags.writeable = scale.flags.writeable = False
     return quantized, scale
@@ -182,16 +199,22 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
     return map_leaves(find, params)
 
 
+def fingerprint(path: Path, params: dict) -> str:
+    """What tells other weights from these without reading them all: size and time of their file, and a few rows."""
+    digest = hashlib.sha256(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    map_leaves(lambda _, array: digest.update(array[:: max(1, len(array) // 4)].tobytes()), params)
+    return digest.hexdigest()
+
+
 def map_quantized(directory: Path, params: dict) -> dict:
     """`quantize(params)`, memory-mapped from `model.int8.safetensors` in the model's directory.
 
     If that file is not there, or was made of other weights, it is made first; where it cannot be written, the weights
     stay in memory.
     """
-    path, weights = directory / INT8_WEIGHTS, (directory / WEIGHTS).stat()
-    source = {"source": f"{weights.st_size} bytes of {weights.st_mtime_ns}"}
+    path, source = directory / INT8_WEIGHTS, {"source": fingerprint(directory / WEIGHTS, params)}
     if path.is_file():
-        with contextlib.suppress(ValueError, KeyError):  # a damaged file is made anew
+        with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged or unreadable file is made anew
             tensors, metadata = map_tensors(path)
             if metadata == source:
                 return from_tensors(params, tensors)

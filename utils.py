@@ -224,7 +224,7 @@ def map_params(path: Path, shapes: dict) -> dict:
     """
     tensors, _ = map_tensors(path)
     for name, array in tensors.items():
-        if array.dtype != np.float32:
+        if array.dtype != DTYPES["F32"]:
             raise ValueError(f"{path}: {name} has the type {array.dtype}, not float32")
     check_tensors(path, {name: array.shape for name, array in tensors.items()}, flatten(shapes, tensor_name))
     return map_leaves(lambda path, shape: tensors[tensor_name(path)], shapes)
@@ -253,7 +253,7 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     def view(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
         if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} has the type {dtype}, not F32")
+            raise ValueError(f"{path}: {name} has the type {dtype}, not one of {', '.join(DTYPES)}")
         array = np.frombuffer(pages, DTYPES[dtype], math.prod(shape), start + data_offsets[0]).reshape(shape)
         return np.require(array, requirements="A")  # a copy, should a foreign file not be aligned to 4 bytes
 
@@ -261,7 +261,7 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, which appears whole or not at all; OSError if it cannot be written.
+    """Write a safetensors file of float32 and int8, which appears whole or not at all; OSError if it cannot be written.
 
     Unlike the library's its data begin on a page, and are written in blocks that Linux can later map as huge pages:
     with both, a token of mapped weights takes 7% less time.

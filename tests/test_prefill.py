@@ -1,6 +1,7 @@
 """A prompt in parts, each on a thread of its own, is the prompt in one piece."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -63,6 +64,35 @@ def test_products_get_their_threads_back(tiny_params, monkeypatch):
     monkeypatch.setattr(module, "LEAST_ROWS", 1)
     prefill(ids_of(30), tiny_params, N_HEAD, new_cache(tiny_params, N_HEAD, N_CTX))
     assert n_blas_threads() == before
+
+
+def test_threads_that_prefill_at_once_leave_the_threads_of_products_as_they_were(tiny_params, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    before, ids, barrier = n_blas_threads(), ids_of(31), threading.Barrier(3)
+    alone = prefill(ids, tiny_params, N_HEAD, new_cache(tiny_params, N_HEAD, N_CTX))
+
+    def work(_):
+        barrier.wait(timeout=30)
+        return prefill(ids, tiny_params, N_HEAD, new_cache(tiny_params, N_HEAD, N_CTX))
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(20):
+            for x in pool.map(work, range(3)):
+                np.testing.assert_allclose(x, alone, atol=1e-5 * np.ptp(alone))
+            assert n_blas_threads() == before
+
+
+def test_ctrl_c_ends_the_other_threads_with_the_layer_they_are_in(tiny_params, three_threads, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "mha", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prefill(ids_of(30), tiny_params, N_HEAD, new_cache(tiny_params, N_HEAD, N_CTX))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("failing_call", range(6))

@@ -32,11 +32,12 @@ def normal(*shape, seed=0):
 def test_a_row_is_the_nearest_multiples_of_a_127th_of_its_largest_number():
     rows = normal(2000, 30)
     rows[5] = 0
+    rows[6] = 1e-44
     quantized, scale = quantize_rows(rows)
     assert (quantized.dtype, scale.dtype) == (np.int8, np.float32)
     error = np.abs(quantized * scale[:, None] - rows)
     assert np.all(error <= scale[:, None] * 0.5001)
-    assert np.array_equal(np.abs(quantized).max(axis=1), np.where(np.arange(2000) == 5, 0, 127))
+    assert np.array_equal(np.abs(quantized).max(axis=1), np.where(np.isin(np.arange(2000), (5, 6)), 0, 127))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -48,14 +49,14 @@ def test_weights_that_are_not_finite_are_refused(bad):
 
 
 @pytest.mark.parametrize("n_out", [1, 7, 8, 300, 1605])
-@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (MOST_ROWS,), (MOST_ROWS + 1,), (2, 40)], ids=str)
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 3), (MOST_ROWS,), (MOST_ROWS + 1,), (2, 40)], ids=str)
 def test_a_product_is_that_of_the_float32_array_it_stands_for(n_out, leading):
     w = Int8(*quantize_rows(normal(n_out, 70)), transposed=True)
     x = normal(*leading, 70, seed=1)
     expected = x @ np.asarray(w)
     assert w.shape == (70, n_out)
     assert (x @ w).dtype == np.float32
-    np.testing.assert_allclose(x @ w, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(x @ w, expected, rtol=0, atol=1e-5 * np.abs(expected).max(initial=0))
     np.testing.assert_allclose(x @ w.T.T, x @ w)
 
 
@@ -135,13 +136,27 @@ def test_the_file_is_made_once_and_then_mapped(tiny, monkeypatch):
         mapped["wte"].rows[0] = 0
 
 
-def test_other_weights_make_it_anew(tiny):
+@pytest.mark.parametrize("time_before", [1, 2])
+def test_other_weights_make_it_anew_even_if_their_file_has_the_same_size_and_time(tiny, time_before):
     directory, params = tiny
+    os.utime(directory / "model.safetensors", (1, time_before))
     map_quantized(directory, params)
     write_model(directory, params=random_params(TINY, seed=1))
     os.utime(directory / "model.safetensors", (1, 1))
     params = load_encoder_hparams_and_params(str(directory))[2]
     assert_same(map_quantized(directory, params), quantize(params))
+
+
+def test_without_a_directory_to_cache_in_it_is_compiled_all_the_same(monkeypatch):
+    original = module.njit
+
+    def without_cache(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return original(**options)
+
+    monkeypatch.setattr(module, "njit", without_cache)
+    assert module.compiled()(lambda x: x + 1)(2) == 3
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"{" * 99, None])
