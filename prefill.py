@@ -37,10 +37,10 @@ def n_blas_threads() -> int | None:
 
 def prefill(inputs: Array, params: dict, n_head: int, cache: dict) -> Array:
     """`hidden_states` of the last position: token ids [..., n_seq] -> [..., n_embd]. Raises what that raises."""
+    if np.shape(inputs)[-1:] == (1,):
+        return hidden_states(inputs, **params, n_head=n_head, cache=cache)[..., 0, :]
     n_past, n_room = cache["n_past"], cache["kv"].shape[-2]
     ids = check_ids(inputs, params["wte"].shape[0], n_room - n_past)
-    if ids.shape[-1] == 1:
-        return hidden_states(ids, **params, n_head=n_head, cache=cache)[..., 0, :]
     n_all = n_past + ids.shape[-1]
     x = params["wte"][ids] + params["wpe"][n_past:n_all]  # [..., n_seq] -> [..., n_seq, n_embd]
     kv_cache = cache["kv"][..., :n_all, :]
