@@ -1,4 +1,4 @@
-"""int8 weights, a quarter of the bytes: `params = quantize(params)`, and a token takes less than a third of the time.
+"""int8 weights, a quarter of the bytes: `params = quantize(params)`, and a token takes a third of the time.
 
 Each weight matrix becomes int8 with one float32 scale for each output, behind an object that answers `x @ w`, `w.T`,
 `w[ids]` and `w.shape` as the array did. Biases, norms and positions stay float32. The products are compiled by Numba.
