@@ -75,11 +75,6 @@ Engine = Callable[[Array, int], Iterator]  # as gpt2.stream: ids [n_seq] or [n_b
 Measure = tuple[str, str, str, dict, dict]  # group, name, unit, what a token costs, and who takes the figures
 
 
-def n_threads() -> int:
-    """The threads that everything is measured with."""
-    return n_blas_threads() or os.cpu_count() or 1
-
-
 def fastest(action: Callable[[], object]) -> float:
     """The seconds of the fastest of several calls: of a limit the best counts."""
     seconds, end = [], time.perf_counter() + LEAST_SECONDS
@@ -100,7 +95,7 @@ def compiled_sum() -> Callable[[Array], float]:
     """The sum of a matrix, compiled, in as many threads as matrix products have."""
     import numba
 
-    numba.set_num_threads(min(n_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(n_blas_threads(), numba.config.NUMBA_NUM_THREADS))
 
     @numba.njit(parallel=True, fastmath=True, nogil=True)
     def total(a):
@@ -158,7 +153,7 @@ def transformers_engine(model: SimpleNamespace) -> Engine:
     from safetensors.torch import load_file
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.set_num_threads(n_threads())
+    torch.set_num_threads(n_blas_threads())
     shape = {name: model.hparams[name] for name in ("n_embd", "n_head", "n_layer")}
     shape |= {"vocab_size": model.hparams["n_vocab"], "n_positions": model.hparams["n_ctx"]}
     gpt2 = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
@@ -215,7 +210,7 @@ def llama_cpp_engine(model: SimpleNamespace, temporary: Path, kind: str) -> Engi
     except OSError:  # as where a processor says that it has AMX, and the system does not let it be used
         model.remarks.append(f"llama.cpp crashes here with {kind} weights, but not without repacking them, as measured")
         params.use_extra_bufts = False
-    options = {"n_ctx": model.hparams["n_ctx"], "n_threads": n_threads(), "n_threads_batch": n_threads()}
+    options = {"n_ctx": model.hparams["n_ctx"], "n_threads": n_blas_threads(), "n_threads_batch": n_blas_threads()}
     with mock.patch("llama_cpp.llama_cpp.llama_model_default_params", lambda: params):  # Llama has no option for it
         llama = llama_cpp.Llama(str(path), **options, verbose=False)
 
@@ -369,7 +364,7 @@ def describe_machine(packages: list[str]) -> dict:
     versions = {"Python": platform.python_version(), "NumPy": np.__version__}
     versions |= {str(p["internal_api"]): str(p["version"]) for p in threadpool_info() if p["user_api"] == "blas"}
     versions |= {name: importlib.metadata.version(name) for name in packages}
-    return {"processor": processor, "n_cores": n_cores, "n_threads": n_threads(), "versions": versions}
+    return {"processor": processor, "n_cores": n_cores, "n_threads": n_blas_threads(), "versions": versions}
 
 
 def open_model(name: str, models_dir: str, temporary: Path) -> SimpleNamespace:

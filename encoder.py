@@ -6,10 +6,9 @@ most often first (Sennrich et al. 2016; GPT-2 paper, section 2.2). Any string ha
 
 import codecs
 import heapq
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 
 import regex
 
@@ -52,7 +51,7 @@ class Encoder:
     def __init__(self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace") -> None:
         self.encoder = encoder
         self.decoder = {i: token for token, i in encoder.items()}
-        self.bpe_ranks = dict(zip(bpe_merges, itertools.count()))
+        self.bpe_ranks = dict(zip(bpe_merges, count()))
         self.errors = errors
         self.eot_id = encoder.get(END_OF_TEXT)  # None in a vocabulary without it
         self._cache: dict[str, list[int]] = {}

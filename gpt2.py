@@ -36,6 +36,7 @@ def gelu(x: Array) -> Array:
 
 def softmax(x: Array) -> Array:
     """exp(x) / sum(exp(x)) over the last axis; less its maximum first, which changes nothing but avoids overflow."""
+    # These reductions are np.max and np.sum without their parts in Python, which a small array feels; so in layer_norm.
     exp_x = np.exp(x - np.maximum.reduce(x, axis=-1, keepdims=True))
     exp_x /= np.add.reduce(exp_x, axis=-1, keepdims=True)
     return exp_x
@@ -56,7 +57,7 @@ def matmul(x: Array, w: Array) -> Array:
     """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product for all leading axes.
 
     NumPy would make one for each index of them: 16 sequences would read the weights 16 times. Up to 4 rows are indeed
-    faster one by one, 2 by a third: to multiply by more than a row, BLAS first makes a copy of all of w.
+    faster one by one, 2 in 0.6 of the time: to multiply by more than a row, BLAS first makes a copy of all of w.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) <= 4:

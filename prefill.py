@@ -6,6 +6,7 @@ thread, layer by layer behind the part before it, whose keys and values it needs
 """
 
 import functools
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -30,9 +31,9 @@ def blas() -> "ThreadpoolController":
     return ThreadpoolController().select(user_api="blas")
 
 
-def n_blas_threads() -> int | None:
-    """The threads that NumPy's matrix products use, one a core unless the environment says otherwise; None: unknown."""
-    return max((library["num_threads"] for library in blas().info()), default=None)
+def n_blas_threads() -> int:
+    """The threads that NumPy's matrix products use: one a core, unless the environment says otherwise."""
+    return max((library["num_threads"] for library in blas().info()), default=os.cpu_count() or 1)
 
 
 def prefill(inputs: Array, params: dict, n_head: int, cache: dict) -> Array:
@@ -46,7 +47,7 @@ def prefill(inputs: Array, params: dict, n_head: int, cache: dict) -> Array:
     kv_cache = cache["kv"][..., :n_all, :]
     if ids.size >= 2 * LEAST_ROWS and one_at_a_time.acquire(blocking=False):
         try:
-            n_threads = n_blas_threads() or 1
+            n_threads = n_blas_threads() if blas().info() else 1  # a BLAS that is not known cannot be limited
             n_parts = n_threads if ids.size >= LEAST_ROWS * n_threads else 1
             x = compute_parts(x, params, n_head, kv_cache, n_parts)
         finally:

@@ -234,7 +234,7 @@ def train(
     max_steps, max_seconds = settings["max_steps"] or math.inf, 60 * (settings["minutes"] or math.inf)
     shapes, n_head, n_ctx = param_shapes(hparams), hparams["n_head"], hparams["n_ctx"]
     params, decay = view_as(shapes, vectors["weights"]), weight_decay(shapes)
-    n_threads = n_blas_threads() or os.cpu_count() or 1
+    n_threads = n_blas_threads()
     buffers = [np.empty_like(decay) for _ in range(min(n_threads, settings["batch_size"]))]
     shares = [(buffer, view_as(shapes, buffer)) for buffer in buffers]
     bar = tqdm(initial=record["step"], unit="step", disable=None)
@@ -497,7 +497,7 @@ def main(
         save_state(directory / STATE, vectors, record)
     print(
         f"{len(tokens):,} tokens to train with, {len(validation):,} to validate with; "
-        f"{len(vectors['weights']):,} parameters; {n_blas_threads() or os.cpu_count()} threads"
+        f"{len(vectors['weights']):,} parameters; {n_blas_threads()} threads"
     )
     begun_at = record["step"]
     try:
