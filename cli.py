@@ -9,6 +9,7 @@ import difflib
 import inspect
 import itertools
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -104,6 +105,7 @@ def number(text: str) -> int | float | str | None:
 
 def finish(status: int | str, last: str = "") -> NoReturn:
     """End the process; what standard output cannot take any more is dropped, or the interpreter would complain."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
     try:
         print(end=last, flush=True)
     except OSError:
@@ -117,6 +119,8 @@ def run(main: Callable) -> None:
     The status is 0, 1 after one line on standard error for what the user can mend, 130 after Ctrl-C. Parameters of
     `main` without a default are its texts, in order; the others are flags, and its docstring is the help.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as gpt2.py has it during its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before the start
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

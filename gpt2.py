@@ -6,7 +6,13 @@ n_embd / n_head wide; `...` stands for leading batch axes, of which there may be
 
 import itertools
 import math
+import os
+import signal
+import sys
 from collections.abc import Iterator
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported ends this without a traceback
 
 import numpy as np
 from numpy import ndarray as Array
@@ -256,7 +262,7 @@ def generate(inputs: Array, params: dict, n_head: int, n_tokens_to_generate: int
 def main(
     prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = "models",
     temperature: float = 0, top_k: int = 0, top_p: float = 1, seed: int | None = None, n_samples: int = 1,
-    stop: str | None = None, ignore_eot: bool = False, quantize: str | None = None,
+    stop: str | None = None, ignore_eot: bool = False, quantize: str | None = None, offline: bool = False,
 ) -> None:  # fmt: skip
     """Continue PROMPT with GPT-2. `-` reads it from standard input; --prompt=TEXT is for one that looks like a flag.
 
@@ -271,6 +277,7 @@ def main(
     --stop TEXT                 end before this text
     --ignore_eot                go on after the model ends its text with <|endoftext|>
     --quantize int8             weights of a quarter of the size: of a large model, three times as fast (needs Numba)
+    --offline                   never use the network, as with GPT2_OFFLINE=1 in the environment
     """
     check_options(temperature, top_k, top_p, seed)
     check_count("n_tokens_to_generate", n_tokens_to_generate)
@@ -285,9 +292,12 @@ def main(
     if quantize:
         from quantize import map_quantized
 
+    if offline:
+        os.environ["GPT2_OFFLINE"] = "1"
     if prompt == "-":
-        with open(0, "rb", closefd=False) as stdin:
-            prompt = stdin.read().decode("utf-8", "replace")
+        if sys.stdin is None:
+            raise ValueError("there is no prompt to read: standard input is closed")
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     if quantize:
         params = map_quantized(find_model(model_size, models_dir), params)

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError(f"int8 needs Numba: pip install -r requirements-fast.txt ({error})") from error
 
-from utils import WEIGHTS, flatten, map_leaves, map_tensors, save_tensors, tensor_name
+from utils import WEIGHTS, flatten, homes_of, locked, map_leaves, map_tensors, save_tensors, sweep, tensor_name
 
 INT8_WEIGHTS = "model.int8.safetensors"
 MOST_ROWS = 48  # of x, for which `multiply` is faster than to make float32 of w and have BLAS multiply
@@ -210,19 +210,32 @@ def fingerprint(path: Path, params: dict) -> str:
 def map_quantized(directory: Path, params: dict) -> dict:
     """`quantize(params)`, memory-mapped from `model.int8.safetensors` in the model's directory.
 
-    If that file is not there, or was made of other weights, it is made first; where it cannot be written, the weights
-    stay in memory.
+    If that file is not there, or was made of other weights, it is made first, for a directory that is read-only in the
+    user's cache; where it cannot be written, the weights stay in memory.
     """
-    path, source = directory / INT8_WEIGHTS, {"source": fingerprint(directory / WEIGHTS, params)}
-    if path.is_file():
-        with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged or unreadable file is made anew
-            tensors, metadata = map_tensors(path)
-            if metadata == source:
-                return from_tensors(params, tensors)
-    quantized = quantize(params)
+    homes = homes_of(directory)
+    weights = next(home / WEIGHTS for home in homes if (home / WEIGHTS).is_file())
+    source = {"source": fingerprint(weights, params)}
+
+    def find() -> dict | None:
+        for path in (home / INT8_WEIGHTS for home in homes):
+            with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged or unreadable file is made anew
+                tensors, metadata = map_tensors(path)
+                if metadata == source:
+                    return from_tensors(params, tensors)
+        return None
+
+    if found := find():
+        return found
+    quantized = None
     try:
-        save_tensors(path, to_tensors(quantized), source)
+        with locked(homes[-1]):
+            if found := find():  # by now: another process has made it
+                return found
+            quantized, path = quantize(params), homes[-1] / INT8_WEIGHTS
+            sweep(path)
+            save_tensors(path, to_tensors(quantized), source)
     except OSError as error:
         print(f"{error}: int8 weights are made at every start", file=sys.stderr)
-        return quantized
-    return from_tensors(params, map_tensors(path)[0])
+        return quantized or quantize(params)
+    return find()

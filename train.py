@@ -479,7 +479,7 @@ def main(
         return
 
     if resume:
-        hparams = read_hparams(directory)
+        hparams = read_hparams(directory / "hparams.json")
         record.update(settings=settings, saved_step=record["step"])
     else:
         hparams, vectors, record = begin(settings, given, n_vocab)

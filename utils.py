@@ -1,18 +1,16 @@
 """A model is a directory: find it, complete it, check it, and map its weights into nested dicts of arrays.
 
-It holds `encoder.json`, `vocab.bpe`, `hparams.json` and the weights: OpenAI's TensorFlow checkpoint, or
-`model.safetensors` with Hugging Face's tensor names. TensorFlow makes the second of the first, once; from then on the
-file is memory-mapped, so that nothing is copied and all processes share the same pages.
+It holds `encoder.json`, `vocab.bpe`, `hparams.json` and the weights: `model.safetensors`, with Hugging Face's tensor
+names, or OpenAI's TensorFlow checkpoint, of which `checkpoint.py` makes the former, once. From then on that file is
+memory-mapped, so that nothing is copied and all processes share the same pages.
 """
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import mmap
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,15 +21,13 @@ from encoder import Encoder
 
 CODE = Path(__file__).parent
 RELEASED = ("124M", "355M", "774M", "1558M")
-BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
 TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
-CHECKPOINT = "model.ckpt"
-CHECKPOINT_INDEX, CHECKPOINT_DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"
-CHECKPOINT_FILES = ("checkpoint", CHECKPOINT_INDEX, f"{CHECKPOINT}.meta", CHECKPOINT_DATA)
-WEIGHTS, SOURCE = "model.safetensors", "model.source.json"
+WEIGHTS, CHECKPOINT_INDEX = "model.safetensors", "model.ckpt.index"
 DTYPES = {"F32": "<f4", "I8": "|i1"}  # safetensors' names of the types that are written here
 BLOCK = 2**21  # bytes, of a huge page
-OFFLINE = 'The bundled model needs no network: python gpt2.py "ROMEO:" --model_size shakespeare'
+# Numbers beyond these are damage, and could take all memory before anything else tells.
+LARGEST = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}
+MEND = "delete it, and get it again"
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models") -> tuple[Encoder, dict, dict]:
@@ -44,16 +40,18 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
     """
     directory = find_model(model_size, models_dir, (*TOKENIZER_FILES, "hparams.json"))
     encoder = read_encoder(directory)
-    hparams = read_hparams(directory)
+    hparams = read_hparams(directory / "hparams.json")
     n_tokens, n_vocab = len(encoder.encoder), hparams["n_vocab"]
     if n_tokens > n_vocab:
-        raise ValueError(f"{directory}: encoder.json has {n_tokens} tokens, but n_vocab in hparams.json is {n_vocab}")
+        sizes = f"encoder.json has {n_tokens} tokens, but n_vocab in hparams.json is {n_vocab}"
+        raise ValueError(f"{directory}: {sizes}; one of the two is damaged, or of another model")
     shapes = param_shapes(hparams)
-    if not (directory / WEIGHTS).is_file():
-        if str(model_size) in RELEASED:
-            fetch(directory, CHECKPOINT_FILES, n_data_bytes=count_bytes(shapes))
-        convert_checkpoint(directory)
-    return encoder, hparams, map_params(directory / WEIGHTS, shapes)
+    weights = directory / WEIGHTS
+    if not weights.is_file() or (directory / CHECKPOINT_INDEX).exists():
+        from checkpoint import find_weights  # late, as `fetch`: most runs find all that they need
+
+        weights = find_weights(directory, count_bytes(shapes), released=str(model_size) in RELEASED)
+    return encoder, hparams, map_params(weights, shapes)
 
 
 def find_model(model_size: str, models_dir: str = "models", files: Sequence[str] = ()) -> Path:
@@ -69,7 +67,10 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
         places = [home / name for home in homes]
     if name in RELEASED:
         directory = next(filter(Path.is_dir, places), places[0])
-        fetch(directory, files)
+        if not all((directory / file).is_file() for file in files):
+            from checkpoint import fetch
+
+            fetch(directory, files)
         return directory
     if name:
         places.append(Path(name))
@@ -83,68 +84,72 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     )
 
 
-def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None) -> None:
-    """Download those of `files` that a released model's directory lacks; the weights also if their length is wrong."""
-    for file in files:
-        path, n_bytes = directory / file, n_data_bytes if file == CHECKPOINT_DATA else None
-        if not path.is_file() or n_bytes not in (None, path.stat().st_size):
-            from download import download  # late: most runs have every file
-
-            url = f"{os.environ.get('GPT2_BASE_URL', BASE_URL).rstrip('/')}/{directory.name}/{file}"
-            directory.mkdir(parents=True, exist_ok=True)
-            try:
-                download(url, path, n_bytes)
-            except OSError as error:
-                raise OSError(f"{error}. {OFFLINE}") from error
-
-
 def read_encoder(directory: Path) -> Encoder:
     """The tokenizer of a model directory; ValueError if its two files are damaged or do not fit together."""
-    encoder = read_json(directory / "encoder.json")
-    lines = read_text(directory / "vocab.bpe").split("\n")
+    encoder, merges = read_vocabulary(directory / "encoder.json"), read_merges(directory / "vocab.bpe")
+    try:
+        tokenizer = Encoder(encoder, merges)
+    except ValueError as error:
+        raise ValueError(f"{directory}: encoder.json and vocab.bpe do not fit together: {error}") from error
+    if len(tokenizer.bpe_ranks) < len(merges):
+        raise ValueError(f"{directory / 'vocab.bpe'} is damaged: it has a merge twice; {MEND}")
+    return tokenizer
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    encoder = read_json(path)
+    if set(map(type, encoder.values())) != {int}:
+        raise ValueError(f"{path} is damaged: it must map tokens to whole numbers; {MEND}")
+    return encoder
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    lines = read_text(path).split("\n")
     if lines[0].startswith("#version"):
         del lines[0]
     merges = [tuple(line.split()) for line in lines if line]
     if odd := next((merge for merge in merges if len(merge) != 2), None):
-        raise ValueError(f"{directory / 'vocab.bpe'} is damaged: {' '.join(odd)[:40]!r} is not a merge of two tokens")
-    if set(map(type, encoder.values())) != {int}:
-        raise ValueError(f"{directory / 'encoder.json'} is damaged: it must map tokens to whole numbers")
-    try:
-        return Encoder(encoder, merges)
-    except ValueError as error:
-        raise ValueError(f"{directory}: encoder.json and vocab.bpe do not fit together: {error}") from error
+        raise ValueError(f"{path} is damaged: {' '.join(odd)[:40]!r} is not a merge of two tokens; {MEND}")
+    return merges
 
 
-def read_hparams(directory: Path) -> dict[str, int]:
-    """The hyperparameters of a model directory; ValueError if they describe no GPT-2."""
-    path = directory / "hparams.json"
+def read_hparams(path: Path) -> dict[str, int]:
+    """The hyperparameters in `hparams.json`; ValueError if they describe no GPT-2."""
     hparams = read_json(path)
-    for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
+    for name, most in LARGEST.items():
         value = hparams.get(name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{path} is damaged: {name} must be a whole number above 0, not {value!r}")
+        if type(value) is not int or not 1 <= value <= most:
+            shown = "missing" if value is None else repr(value)[:40]
+            raise ValueError(
+                f"{path} is damaged: {name} must be a whole number from 1 to {most:,}, and is {shown}; {MEND}"
+            )
     if hparams["n_embd"] % hparams["n_head"]:
-        raise ValueError(f"{path}: n_embd = {hparams['n_embd']} is not a multiple of n_head = {hparams['n_head']}")
+        sizes = f"n_embd = {hparams['n_embd']} is not a multiple of n_head = {hparams['n_head']}"
+        raise ValueError(f"{path} is damaged: {sizes}; {MEND}")
     return hparams
 
 
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error}); delete it or get it again") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: it is nested too deep; {MEND}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}); {MEND}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it must hold a JSON object, not {type(value).__name__}")
+        raise ValueError(f"{path} is damaged: it must hold a JSON object, not {type(value).__name__}; {MEND}")
     return value
 
 
 def read_text(path: Path) -> str:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: every model directory has one")
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: every model directory needs one") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: it is not UTF-8 ({error}); delete it or get it again") from error
+        raise ValueError(f"{path} is damaged: it is not UTF-8 ({error}); {MEND}") from error
 
 
 def param_shapes(hparams: dict[str, int]) -> dict:
@@ -193,11 +198,6 @@ def tensor_name(path: tuple) -> str:
     return ".".join(parts.get(part, str(part)) for part in path) + (".weight" if len(path) == 1 else "")
 
 
-def checkpoint_name(path: tuple) -> str:
-    """("blocks", 0, "attn", "c_attn", "w") -> `model/h0/attn/c_attn/w`, as the released checkpoint names it."""
-    return "/".join(["model", *map(str, path)]).replace("blocks/", "h")
-
-
 def count_bytes(shapes: dict) -> int:
     """The length of all parameters in float32; of 124M's 497,759,232 bytes."""
     return 4 * sum(map(math.prod, flatten(shapes, tensor_name).values()))
@@ -214,7 +214,8 @@ def check_tensors(source: Path, found: dict[str, tuple], expected: dict[str, tup
     ]
     if problems:
         more = f", and {len(problems) - 3} more such" if len(problems) > 3 else ""
-        raise ValueError(f"{source} does not fit hparams.json: {'; '.join(sorted(problems)[:3])}{more}")
+        problem = f"{'; '.join(sorted(problems)[:3])}{more}"
+        raise ValueError(f"{source} does not fit hparams.json: {problem}; one of the two is of another model")
 
 
 def map_params(path: Path, shapes: dict) -> dict:
@@ -238,30 +239,40 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
         with safe_open(path, framework="numpy"):
             pass  # it checks the header, and that the tensors fill the file exactly, but reading with it would copy
-    except SafetensorError as error:
+        start = 8 + int.from_bytes(pages[:8], "little")
+        header = json.loads(pages[8:start], object_pairs_hook=unique)
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and convert or get it again") from error
-    with open(path, "rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # of kernels without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    start = 8 + int.from_bytes(pages[:8], "little")
-    header = json.loads(pages[8:start])
     metadata = header.pop("__metadata__", {})
 
-    def view(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} has the type {dtype}, not one of {', '.join(DTYPES)}")
-        array = np.frombuffer(pages, DTYPES[dtype], math.prod(shape), start + data_offsets[0]).reshape(shape)
+    def view(name: str, tensor: dict) -> np.ndarray:
+        if tensor["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} has the type {tensor['dtype']}, not one of {', '.join(DTYPES)}")
+        shape, offset = tensor["shape"], start + tensor["data_offsets"][0]
+        array = np.frombuffer(pages, DTYPES[tensor["dtype"]], math.prod(shape), offset).reshape(shape)
         return np.require(array, requirements="A")  # a copy, should a foreign file not be aligned to 4 bytes
 
-    return {name: view(name, **tensor) for name, tensor in header.items()}, metadata
+    return {name: view(name, tensor) for name, tensor in header.items()}, metadata
 
 
-def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file of float32 and int8, which appears whole or not at all; OSError if it cannot be written.
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; ValueError if it has a name twice, of which the library and Python might take different ones."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return dict(pairs)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Fill an empty file, such as `replacing` makes, with float32 and int8 tensors in the safetensors format.
 
     Unlike the library's its data begin on a page, and are written in blocks that Linux can later map as huge pages:
     with both, a token of mapped weights takes 7% less time.
@@ -275,13 +286,19 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str,
     text += b" " * (-(8 + len(text)) % 4096)
     parts = [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)]
     parts += [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in tensors.values()]
+    with open(path, "rb+", buffering=BLOCK) as file:
+        for part in parts:
+            while part.size:
+                n_room = BLOCK - file.tell() % BLOCK
+                file.write(part[:n_room])
+                part = part[n_room:]
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """`write_tensors` to a file that appears whole or not at all; OSError, with its name, if it cannot be written."""
     try:
-        with replacing(path) as temporary, open(temporary, "wb", buffering=BLOCK) as file:
-            for part in parts:
-                while part.size:
-                    n_room = BLOCK - file.tell() % BLOCK
-                    file.write(part[:n_room])
-                    part = part[n_room:]
+        with replacing(path) as temporary:
+            write_tensors(temporary, tensors, metadata)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
@@ -303,57 +320,6 @@ def save_model(directory: Path, encoder: Encoder, hparams: dict[str, int], param
     save_params(directory / WEIGHTS, params)
 
 
-def convert_checkpoint(directory: Path) -> None:
-    """Make `model.safetensors` of the TensorFlow checkpoint in a model directory, and keep a record of the source.
-
-    This runs in a child process: TensorFlow's two seconds, its memory and its log lines stay out of this one.
-    """
-    data, index = directory / CHECKPOINT_DATA, directory / CHECKPOINT_INDEX
-    n_bytes = count_bytes(param_shapes(read_hparams(directory)))
-    for path in (data, index):
-        if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {path.name} is there")
-    if data.stat().st_size != n_bytes:
-        raise ValueError(f"{data} has {data.stat().st_size:,} bytes, where hparams.json implies {n_bytes:,}")
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError(f"TensorFlow is needed once, to convert {data}: pip install tensorflow")
-    print(f"{directory}: converting the checkpoint to {WEIGHTS} ...", file=sys.stderr)
-    # The index holds the checksums of all tensors, so that its own stands for the whole checkpoint.
-    source = {index.name: hashlib.sha256(index.read_bytes()).hexdigest(), "n_bytes": n_bytes}
-    with replacing(directory / WEIGHTS) as temporary, replacing(directory / SOURCE) as record:
-        record.write_text(json.dumps(source) + "\n", encoding="utf-8")
-        command = [sys.executable, __file__, str(directory), str(temporary)]
-        child = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-        if child.returncode:
-            reason = child.stdout.strip() or f"status {child.returncode}, {child.stderr.strip()[-200:]}"
-            raise ValueError(f"{directory}: the checkpoint could not be converted: {reason}")
-    freed = sum(path.stat().st_size for path in map(directory.joinpath, CHECKPOINT_FILES) if path.is_file())
-    print(f"{directory}: done; deleting checkpoint, {CHECKPOINT}.* would free {freed / 1e6:,.0f} MB", file=sys.stderr)
-
-
-def convert(directory: str, target: str) -> None:
-    """The child's part: write the checkpoint in `directory` to `target`, having read and checked every tensor."""
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(os.path.join(directory, CHECKPOINT))
-    shapes = param_shapes(read_hparams(Path(directory)))
-    found = reader.get_variable_to_shape_map()
-    # c_attn, c_fc and c_proj are convolutions of width 1 there, [1, n_in, n_out].
-    squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
-    check_tensors(Path(directory, CHECKPOINT), squeezed, flatten(shapes, checkpoint_name))
-
-    def read(path: tuple, shape: tuple) -> np.ndarray:
-        name = checkpoint_name(path)
-        tensor = reader.get_tensor(name)  # TensorFlow compares its checksum
-        if tensor.dtype != np.float32:
-            raise ValueError(f"{name} has the type {tensor.dtype}, not float32")
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{name} holds numbers that are infinite or NaN")
-        return tensor.reshape(shape)
-
-    save_params(Path(target), map_leaves(read, shapes))
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`: it takes that name, complete, when the block ends, or is removed."""
@@ -363,16 +329,54 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # of any new file; some libraries write theirs for its owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the bytes do
-        os.replace(temporary, path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
+def publish(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, once its bytes are on the disk: the name must not be there before them."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that were killed have left of `replacing(path)`; no other may be at it now."""
+    for temporary in path.parent.glob(f"{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Have a model directory, made if need be, for this process alone; wait while another one has it.
+
+    The system takes the lock from a process that ends, however it ends. OSError if `directory` cannot be written.
+    """
+    from filelock import FileLock, Timeout  # late: a run that finds all it needs does not lock
+
+    lock = FileLock(directory / ".lock")
     try:
-        convert(*sys.argv[1:])
-    except Exception as error:  # TensorFlow has many; standard error is full of its log, so the reason goes here
-        print(" ".join(str(error).split()))
-        sys.exit(1)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{directory}: waiting for another process that downloads or converts it ...", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{directory} cannot be written ({reason}), where the model's missing files belong") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def homes_of(directory: Path) -> list[Path]:
+    """Where files that are made of a model may be: in its directory, or if that is read-only in the user's cache."""
+    if os.access(directory, os.W_OK) or not directory.exists():
+        return [directory]
+    from platformdirs import user_cache_path
+
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    return [directory, user_cache_path("gpt2-numpy", appauthor=False) / name]

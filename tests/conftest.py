@@ -1,13 +1,11 @@
-import functools
-from http.server import SimpleHTTPRequestHandler
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import settings
 
+from checkpoint import checkpoint_name
 from encoder import Encoder
-from helpers import BUNDLED, DATA_PLACES, TINY, random_params, serving, tiny_tables, write_checkpoint, write_model
-from utils import checkpoint_name, flatten, load_encoder_hparams_and_params, read_encoder
+from faulty_server import faulty_server
+from helpers import BUNDLED, DATA_PLACES, TINY, random_params, tiny_tables, write_checkpoint, write_model
+from utils import flatten, load_encoder_hparams_and_params, read_encoder
 
 settings.register_profile("noisy machines", deadline=None)
 settings.load_profile("noisy machines")
@@ -61,17 +59,9 @@ def gpt2_encoder():
 
 @pytest.fixture
 def mirror(released, monkeypatch):
-    """A server of `released`, named in GPT2_BASE_URL; its `requests` are the paths that were asked for."""
-    requests = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_request(self, *args):
-            requests.append(self.path)
-
-        def log_error(self, *args):
-            pass
-
-    with serving(functools.partial(Handler, directory=str(released))) as url:
-        monkeypatch.setenv("GPT2_BASE_URL", url)
+    """A server of `released`, named in GPT2_BASE_URL."""
+    with faulty_server() as server:
+        server.files = {f"/124M/{path.name}": path.read_bytes() for path in (released / "124M").iterdir()}
+        monkeypatch.setenv("GPT2_BASE_URL", server.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield SimpleNamespace(url=url, requests=requests)
+        yield server

@@ -1,10 +1,13 @@
 """Small models, their directories and checkpoints, and a server for the tests."""
 
 import contextlib
+import ctypes
 import functools
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
@@ -33,6 +36,13 @@ def random_params(hparams: dict, seed: int = 0, dtype: type = np.float32) -> dic
         return (scale * random.standard_normal(shape) + (path[-1] == "g")).astype(dtype)
 
     return map_leaves(draw, param_shapes(hparams))
+
+
+def assert_same_params(params: dict, expected: dict) -> None:
+    found, expected = flatten(params, tensor_name), flatten(expected, tensor_name)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 @functools.cache
@@ -96,3 +106,20 @@ def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, and capture what it prints, as bytes."""
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, capture_output=True, timeout=120, **{"stdin": subprocess.DEVNULL, **options})
+
+
+def as_any_user() -> None:
+    """For `preexec_fn`: have the permissions of files hold for root too, as they do for others (on Linux)."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def has_permissions() -> bool:
+    """Whether the permissions of files hold for a child with `as_any_user`."""
+    if os.name != "posix":
+        return False
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o555)
+        command = [sys.executable, "-c", "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))", directory]
+        return subprocess.run(command, preexec_fn=as_any_user).returncode == 0

@@ -145,7 +145,7 @@ def test_what_a_token_costs_is_that_of_the_released_model():
 
 def test_a_released_model_that_is_not_there_is_not_downloaded_but_made(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"124M": (8, 2, 1)})
-    monkeypatch.setattr("utils.fetch", lambda *args, **options: pytest.fail("it downloads"))
+    monkeypatch.setattr("checkpoint.fetch", lambda *args, **options: pytest.fail("it downloads"))
     monkeypatch.setattr("utils.CODE", tmp_path)
     (tmp_path / "models" / "124M").mkdir(parents=True)
     write_tables(tmp_path / "models" / "124M")

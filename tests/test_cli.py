@@ -458,10 +458,33 @@ def test_speed_is_shown_on_a_terminal_only_and_never_on_standard_output(tiny_mod
         assert "0/7" in shown, "a bar where the text goes elsewhere"
 
 
+ASCII = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+
+
 @posix
-def test_a_terminal_that_lacks_a_character_shows_a_question_mark(gpt2_py, model):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = gpt2_py("é", "--n_tokens_to_generate=20", env=env)
+@pytest.mark.parametrize("encoding", ASCII, ids=str)
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(gpt2_py, model, encoding):
+    result = gpt2_py("é", "--n_tokens_to_generate=20", env={**os.environ, **encoding})
     assert (result.returncode, result.stderr) == (0, b"")
     expected = continuation(model, "é", 20).encode("ascii", "replace") + b"\n"
     assert result.stdout == expected
+
+
+@posix
+@pytest.mark.parametrize("encoding", ASCII, ids=str)
+def test_an_error_about_other_letters_is_shown_in_those_that_there_are(encoding):
+    result = run("gpt2.py", "x", "--model_size=é", env={**os.environ, **encoding})
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert b"there is no model '\\xe9'" in line
+
+
+@posix
+def test_a_prompt_from_a_closed_standard_input_is_a_clear_error(tiny_model):
+    command = f"'{sys.executable}' '{ROOT / 'gpt2.py'}' - --model_size='{tiny_model}' <&-"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr == b"gpt2.py: there is no prompt to read: standard input is closed\n"

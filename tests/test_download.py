@@ -1,35 +1,29 @@
-import threading
-from http.server import BaseHTTPRequestHandler
+"""Downloads under fault: each case is what is there before, what the server does, and what must hold after."""
+
+import json
+import ssl
+import sys
+import time
 
 import pytest
+import requests
+import urllib3
 
-from download import download
-from helpers import serving
+import download as module
+from download import RETRY, download, part_of, record_of, wait
+from faulty_server import Answer, Server, faulty_server, md5_header
 
 BODY = bytes(range(256)) * 10_000
+N = len(BODY)
+HALF = 20 * module.CHUNK
+OTHER = BODY[::-1]
 
 
 @pytest.fixture
 def server():
-    """A server whose answer the test sets: status, headers and body."""
-
-    class Handler(BaseHTTPRequestHandler):
-        answer = (200, {"Content-Length": str(len(BODY))}, BODY)
-
-        def do_GET(self):
-            status, headers, body = Handler.answer
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    with serving(Handler) as url:
-        Handler.url = f"{url}/file"
-        yield Handler
+    with faulty_server() as server:
+        server.files["/file"] = BODY
+        yield server
 
 
 @pytest.fixture
@@ -38,52 +32,357 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "file"
 
 
-@pytest.mark.parametrize("n_bytes", [None, len(BODY)])
-@pytest.mark.parametrize("headers", [{"Content-Length": str(len(BODY))}, {}], ids=["announced", "not announced"])
-def test_a_file_arrives_whole(server, path, headers, n_bytes):
-    server.answer = (200, headers, BODY)
-    download(server.url, path, n_bytes)
+@pytest.fixture
+def waits(monkeypatch):
+    """How long it would have waited, each time."""
+    seconds = []
+    monkeypatch.setattr(module.time, "sleep", seconds.append)
+    return seconds
+
+
+def begin(path, body=BODY, n=HALF, **record):
+    """Leave at `path` what a download that was interrupted after n bytes of `body` leaves."""
+    part_of(path).write_bytes(body[:n])
+    known = Server().validators(body) | {"Content-Length": str(len(body))}
+    write_record(path, json.dumps(known | record))
+
+
+def write_record(path, text):
+    record_of(part_of(path)).write_text(text)
+
+
+def names(path):
+    return sorted(file.name for file in path.parent.iterdir())
+
+
+# Faults that another try mends
+
+
+@pytest.mark.parametrize("validator", ["ETag", "Last-Modified", "weak", ""])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [],
+        [Answer(headers={"Content-Length": None})],
+        [Answer(stop_after=HALF)],
+        [Answer(stop_after=0)],
+        [Answer(stop_after=HALF, then="reset")],
+        [Answer(stop_after=HALF), Answer(stop_after=1000), Answer(stop_after=0)],
+        [Answer(stop_after=HALF), Answer(ignore_range=True)],
+        [Answer(status=500), Answer(status=500)],
+        [Answer(status=503, headers={"Retry-After": "1"})],
+        [Answer(status=429, headers={"Retry-After": "2"})],
+        [Answer(stop_after=HALF), Answer(status=502), Answer(status=599)],
+        [Answer(stop_after=HALF), Answer(status=416)],
+        [Answer(headers={"Content-Length": str(N + 100)})],
+        [Answer(headers={"Content-Length": str(N - 100)})],
+        [Answer(body=OTHER, headers=md5_header(BODY))],
+        [Answer(status=302, headers={"Location": "/file"})],
+        [Answer(stop_after=HALF), Answer(status=302, headers={"Location": "/file"})],
+        [Answer(stop_after=HALF, headers={"Content-Length": None})],
+    ],
+    ids=repr,
+)
+def test_a_file_arrives_whole_and_alone(server, path, waits, validator, answers):
+    server.validator, server.answers = validator, list(answers)
+    path.write_bytes(b"an older file")
+    download(f"{server.url}/file", path, N)
     assert path.read_bytes() == BODY
-    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    assert names(path) == ["file"]
+    assert server.answers == []
+
+
+def test_a_connection_that_stalls_is_given_up_and_the_file_goes_on_from_there(server, path, monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT", (1, 0.2))
+    server.answers = [Answer(stop_after=HALF, then="stall")]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    (nothing, rest) = server.ranges()
+    assert nothing is None
+    assert HALF - 2 * module.CHUNK <= int(rest.removeprefix("bytes=").removesuffix("-")) <= HALF
+
+
+def test_as_long_as_bytes_arrive_it_goes_on(server, path, waits):
+    steps = range(100_000, N, 100_000)
+    server.answers = [Answer(stop_after=100_000) for _ in steps]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert len(server.requests) > 20 > RETRY.total
+    assert not any(waits), "the first try after progress is at once"
+
+
+@pytest.mark.parametrize("validator", ["weak", ""])
+def test_where_nothing_tells_that_the_file_is_the_same_it_starts_over(server, path, waits, validator):
+    server.validator = validator
+    server.answers = [Answer(stop_after=HALF)]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [None, None]
+
+
+def test_where_the_server_knows_no_ranges_it_starts_over(server, path, waits):
+    server.answers = [Answer(stop_after=HALF), Answer(ignore_range=True)]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [None, f"bytes={HALF}-"]
+
+
+# Going on where an earlier command ended
+
+
+@pytest.mark.parametrize("validator", ["ETag", "Last-Modified"])
+def test_an_interrupted_file_goes_on_where_it_stands(server, path, validator):
+    server.validator = validator
+    begin(path)
+    write_record(path, json.dumps(server.validators(BODY) | {"Content-Length": str(N)}))
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [f"bytes={HALF}-"]
+    assert names(path) == ["file"]
+
+
+def test_a_file_that_was_complete_but_for_its_name_is_not_asked_for_again(server, path):
+    begin(path, n=N)
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.requests == []
+
+
+BEFORE = {
+    "another file": lambda path: begin(path, OTHER),
+    "another file of another length": lambda path: begin(path, OTHER[:-5]),
+    "too long": lambda path: begin(path, BODY + b"more", n=N + 2),
+    "another file, and complete": lambda path: begin(path, OTHER, n=N, **md5_header(BODY)),
+    "an empty part": lambda path: begin(path, n=0),
+    "no record": lambda path: (begin(path), record_of(part_of(path)).unlink()),
+    "no part": lambda path: (begin(path), part_of(path).unlink()),
+    "no part, and nothing expected": lambda path: (begin(path, b""), part_of(path).unlink()),
+    "a record that is not JSON": lambda path: (begin(path), write_record(path, "{")),
+    "a record of the wrong type": lambda path: (begin(path), write_record(path, "[1]")),
+    "a record of wrong values": lambda path: (begin(path), write_record(path, '{"ETag": 3, "Content-Length": "x"}')),
+    "no validator": lambda path: (begin(path), write_record(path, "{}")),
+}
+
+
+@pytest.mark.parametrize("answers", [[], [Answer(ignore_range=True)], [Answer(ignore_condition=True)]], ids=repr)
+@pytest.mark.parametrize("before", BEFORE)
+def test_what_is_left_of_another_file_is_never_gone_on_with(server, path, waits, before, answers):
+    BEFORE[before](path)
+    server.answers = list(answers)
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert names(path) == ["file"]
+
+
+def test_a_file_that_changes_between_two_requests_is_the_new_one(server, path, waits):
+    class Changing(list):
+        def pop(self, i):
+            if len(self) == 1:
+                server.files["/file"] = OTHER
+            return super().pop(i)
+
+    server.answers = Changing([Answer(stop_after=HALF), Answer()])
+    download(f"{server.url}/file", path)
+    assert path.read_bytes() == OTHER
 
 
 @pytest.mark.parametrize(
-    ("answer", "n_bytes", "complaint"),
-    [
-        ((404, {}, b"no"), None, "404"),
-        ((500, {}, b"no"), None, "500"),
-        ((200, {"Content-Length": str(len(BODY))}, BODY[:-1]), None, "2560000|1 more expected|IncompleteRead"),
-        ((200, {}, BODY[:-1]), len(BODY), "ended after 2,559,999 of 2,560,000 bytes"),
-        ((200, {}, BODY + b"x"), len(BODY), "ended after 2,560,001 of 2,560,000 bytes"),
-        ((200, {"Content-Length": "10"}, BODY[:10]), len(BODY), "has 10 bytes, but .* 2,560,000"),
-        ((200, {}, b""), len(BODY), "ended after 0"),
-    ],
+    "content_range", ["bytes 0-9/10", f"bytes {HALF - 1}-{N - 1}/{N}", f"bytes {HALF}-{N - 1}/{N + 1}", "garbage", None]
 )
+def test_a_range_other_than_the_one_asked_for_is_not_taken(server, path, waits, content_range):
+    begin(path)
+    server.answers = [Answer(headers={"Content-Range": content_range})]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [f"bytes={HALF}-", None]
+
+
+def test_the_bar_starts_where_the_file_stands(server, path, monkeypatch):
+    bars = []
+
+    class Bar(module.tqdm):
+        def __init__(self, *args, **options):
+            bars.append((options["initial"], options["total"], options["desc"]))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    begin(path)
+    download(f"{server.url}/file", path)
+    assert bars == [(HALF, N, "file")]
+
+
+# Faults that remain
+
+
 @pytest.mark.parametrize("before", [None, b"an older file"])
-def test_a_file_that_is_not_whole_never_appears(server, path, answer, n_bytes, complaint, before):
-    server.answer = answer
+@pytest.mark.parametrize(
+    ("answer", "complaint", "n_requests"),
+    [
+        (Answer(status=404), "404", 1),
+        (Answer(status=403), "403", 1),
+        (Answer(status=429), "429", 1),
+        (Answer(status=416), "416", 1),
+        (Answer(status=204, body=b""), "204", 1),
+        (Answer(status=500), "500", 6),
+        (Answer(status=429, headers={"Retry-After": "3"}), "429", 6),
+        (Answer(status=503, headers={"Retry-After": "100000"}), "503.*asks to wait 21,600|100,000", 1),
+        (Answer(stop_after=0), "IncompleteRead|ended after 0", 6),
+        (Answer(body=BODY[:10]), "it has 10 bytes, where 2,560,000 are expected, twice", 2),
+        (Answer(headers={"Content-Type": "text/html; charset=utf-8"}), "web page.*log in", 1),
+        (Answer(status=302, headers={"Location": "/file"}), "redirects", 31),
+        (
+            Answer(body=BODY + b"x", headers={"Content-Length": None}),
+            "it has 2,560,001 bytes, .*twice",
+            2,
+        ),
+        (Answer(body=OTHER, headers=md5_header(BODY)), "it does not have the MD5 .*, twice", 2),
+        (Answer(body=b"", headers={"Content-Length": None}), "ended after 0 of 2,560,000", 6),
+    ],
+    ids=repr,
+)
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(
+    server, path, waits, answer, complaint, n_requests, before
+):
+    server.answers = [answer] * 40
     if before is not None:
         path.write_bytes(before)
     with pytest.raises(OSError, match=complaint) as raised:
-        download(server.url, path, n_bytes)
-    assert server.url in str(raised.value)
+        download(f"{server.url}/file", path, N)
+    assert f"could not download {server.url}/file: " in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith("nothing is kept, and the same command tries again")
     assert (path.read_bytes() if path.exists() else None) == before
-    assert {file.name for file in path.parent.iterdir()} <= {"file"}
+    assert set(names(path)) <= {"file"}
+    assert len(server.requests) == n_requests
 
 
-def test_no_server_is_an_error_with_the_url(path):
-    url = "http://127.0.0.1:9/124M/hparams.json"
-    with pytest.raises(OSError, match=url):
-        download(url, path)
-
-
-def test_a_connection_that_stalls_is_given_up(server, path, monkeypatch):
-    monkeypatch.setattr("download.TIMEOUT", (1, 0.2))
-    server.answer = (200, {"Content-Length": str(len(BODY))}, BODY[:1000])
-    over = threading.Event()
-    monkeypatch.setattr(server, "finish", lambda self: over.wait(5))
-    with pytest.raises(OSError, match=r"could not download .*timed out"):
-        download(server.url, path)
-    over.set()
+def test_what_has_arrived_is_kept_and_the_error_says_so(server, path, waits):
+    server.answers = [Answer(stop_after=HALF), *[Answer(status=503)] * 6]
+    with pytest.raises(OSError, match=rf"503.*; {HALF:,} bytes are kept, and the same command goes on from there"):
+        download(f"{server.url}/file", path, N)
     assert not path.exists()
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.ranges()[-1] == f"bytes={HALF}-"
+
+
+def test_what_cannot_go_on_is_not_kept(server, path, waits):
+    server.validator = ""
+    server.answers = [Answer(stop_after=HALF), *[Answer(status=503)] * 6]
+    with pytest.raises(OSError, match="nothing is kept"):
+        download(f"{server.url}/file", path, N)
+    assert names(path) == []
+
+
+def test_no_server_is_an_error_with_the_url(path, waits):
+    url = "http://127.0.0.1:9/124M/hparams.json"
+    with pytest.raises(OSError, match=f"{url}.*refused"):
+        download(url, path)
+    assert len(waits) == RETRY.total
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "nonsense", "http://", "http://a b/c"])
+def test_a_mirror_that_is_no_address_is_refused_at_once(path, waits, url):
+    with pytest.raises(OSError, match="could not download") as raised:
+        download(f"{url}/124M/hparams.json", path)
+    assert "twice" not in str(raised.value)
+    assert waits == []
+
+
+def test_a_certificate_that_cannot_be_trusted_is_refused_at_once(path, waits, monkeypatch):
+    def get(url, **options):
+        ours = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+        ours.reason = "CERTIFICATE_VERIFY_FAILED"  # as the module ssl sets it
+        theirs = urllib3.exceptions.SSLError(ours)
+        raise requests.exceptions.SSLError(urllib3.exceptions.MaxRetryError(None, url, theirs))
+
+    monkeypatch.setattr(module.requests, "get", get)
+    with pytest.raises(OSError, match=r"could not download https://a/b: .*self-signed certificate; nothing is kept"):
+        download("https://a/b", path)
+    assert waits == []
+
+
+# Verified before it is believed
+
+
+def test_what_the_check_refuses_is_removed_and_fetched_once_more(server, path, capsys):
+    server.answers = [Answer(body=OTHER)]
+    seen = []
+
+    def check(part):
+        seen.append(part.read_bytes())
+        if part.read_bytes() != BODY:
+            raise ValueError("it is the other one")
+
+    download(f"{server.url}/file", path, N, check)
+    assert path.read_bytes() == BODY
+    assert seen == [OTHER, BODY]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{server.url}/file: it is the other one; it is removed, and downloaded once more" in line
+
+
+def test_an_md5_that_was_announced_holds_for_the_whole_file_also_when_it_goes_on(server, path, waits):
+    server.answers = [Answer(stop_after=HALF, headers=md5_header(OTHER)), Answer(), Answer(headers=md5_header(BODY))]
+    download(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [None, f"bytes={HALF}-", None]
+
+
+def test_a_length_or_md5_that_makes_no_sense_is_no_reason_to_refuse(server, path):
+    server.answers = [Answer(headers={"Content-MD5": "??", "Content-Length": None})]
+    download(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+
+
+# Waiting
+
+
+def test_waits_grow_and_differ(waits):
+    def series():
+        retry = RETRY
+        for _ in range(RETRY.total):
+            retry = wait(retry, None, "a fault")
+        with pytest.raises(OSError, match="a fault"):
+            wait(retry, None, "a fault")
+        taken, waits[:] = list(waits), []
+        return taken
+
+    first, second = series(), series()
+    assert first[0] == 0
+    for n, seconds in enumerate(first[1:]):
+        assert 2**n <= seconds <= 2**n + 1
+    assert first[1:] != second[1:]
+
+
+@pytest.mark.parametrize(("retry_after", "seconds"), [("7", 7), ("0", 0), ("soon", 0)])
+def test_the_server_may_say_how_long(server, path, waits, retry_after, seconds):
+    server.answers = [Answer(status=503, headers={"Retry-After": retry_after})]
+    download(f"{server.url}/file", path)
+    assert waits == [seconds]
+
+
+def test_a_date_to_come_back_at_is_honoured_too(server, path, waits):
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    server.answers = [Answer(status=429, headers={"Retry-After": date})]
+    download(f"{server.url}/file", path)
+    assert 20 < waits[0] <= 30
+
+
+def test_on_a_terminal_it_says_what_it_waits_for(server, path, waits, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    server.answers = [Answer(status=503, headers={"Retry-After": "7"})]
+    download(f"{server.url}/file", path)
+    assert "503 Service Unavailable; trying again in 7 s" in capsys.readouterr().err
+
+
+# Proxies
+
+
+def test_a_proxy_of_the_environment_is_used(server, path, monkeypatch):
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "")
+    download("http://models.invalid/file", path)
+    assert path.read_bytes() == BODY
+    assert server.paths() == ["http://models.invalid/file"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2 import generate, gpt2, new_cache
-from helpers import BUNDLED, TINY, random_params, run, write_model
+from helpers import BUNDLED, TINY, as_any_user, has_permissions, random_params, run, write_model
 from test_shakespeare import HELD_OUT_LOSS, PARAGRAPH, PARAGRAPH_LOSS, nats_per_character, shakespeare_text
 from utils import load_encoder_hparams_and_params
 
@@ -183,6 +183,23 @@ def test_where_it_cannot_be_written_the_weights_stay_in_memory(tiny, monkeypatch
     assert_same(map_quantized(directory, params), quantize(params))
     (line,) = capsys.readouterr().err.splitlines()
     assert "int8" in line and "the disk is full" in line
+
+
+def test_in_a_read_only_directory_the_file_goes_to_the_users_cache(tmp_path, monkeypatch):
+    if not has_permissions():
+        pytest.skip("here the permissions of files do not hold for this user")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    model = write_model(tmp_path / "mine")
+    model.chmod(0o555)
+    arguments = ("a", f"--model_size={model}", "--quantize=int8", "--n_tokens_to_generate=2")
+    times = set()
+    for _ in range(2):
+        shown = run("gpt2.py", *arguments, preexec_fn=as_any_user)
+        assert (shown.returncode, shown.stderr) == (0, b"")
+        (path,) = tmp_path.glob(f"cache/gpt2-numpy/*/{INT8_WEIGHTS}")
+        times.add(path.stat().st_mtime_ns)
+    assert len(times) == 1, "the second process maps what the first one made"
 
 
 # The command line

@@ -1,0 +1,233 @@
+"""The released models: download what a model's directory lacks, and make `model.safetensors` of its checkpoint.
+
+A checkpoint is TensorFlow's: `model.ckpt.data-00000-of-00001` has the tensors, `model.ckpt.index` their names, places
+and checksums. It is read once, in a process of its own: python checkpoint.py DIRECTORY TARGET.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils import (
+    CHECKPOINT_INDEX,
+    WEIGHTS,
+    check_tensors,
+    flatten,
+    homes_of,
+    locked,
+    map_leaves,
+    map_tensors,
+    param_shapes,
+    read_hparams,
+    read_merges,
+    read_vocabulary,
+    replacing,
+    sweep,
+    tensor_name,
+    write_tensors,
+)
+
+BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
+CHECKPOINT_DATA = "model.ckpt.data-00000-of-00001"
+CHECKPOINT_FILES = ("checkpoint", CHECKPOINT_INDEX, "model.ckpt.meta", CHECKPOINT_DATA)
+READERS = {"encoder.json": read_vocabulary, "vocab.bpe": read_merges, "hparams.json": read_hparams}
+# Of all four sizes: length and SHA-256. A mirror may have tables of its own, but not others of the same length.
+TABLES = {
+    "encoder.json": (1_042_301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "vocab.bpe": (456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+}
+BUNDLED = 'The bundled model needs no network: python gpt2.py "ROMEO:" --model_size shakespeare'
+DAMAGED = 3  # the exit status of a conversion that found the checkpoint's bytes to be others than were written
+
+
+class DamagedCheckpointError(ValueError):
+    """The bytes of a checkpoint are not those that were written: to get it again may help."""
+
+
+def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None) -> None:
+    """Download those of `files` that a released model's directory lacks; the weights also if their length is wrong.
+
+    Raises FileNotFoundError if the network is forbidden, else OSError, if that fails.
+    """
+
+    def is_missing(file: str) -> bool:
+        path = directory / file
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory, where a file belongs: remove it")
+        return not path.is_file() or (file == CHECKPOINT_DATA and path.stat().st_size != n_data_bytes)
+
+    if not (missing := [file for file in files if is_missing(file)]):
+        return
+    if os.environ.get("GPT2_OFFLINE", "").lower() not in ("", "0", "false", "no", "off"):
+        raise FileNotFoundError(f"{directory / missing[0]} is not there whole, and this run is offline. {BUNDLED}")
+    from download import download, part_of, size  # late: most runs have every file
+
+    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
+    with locked(directory):
+        for file in filter(is_missing, files):  # by now another process may have fetched them
+            path, n_bytes = directory / file, None
+            if file == CHECKPOINT_DATA:
+                n_bytes = n_data_bytes
+                check_space(directory, 2 * n_bytes - size(part_of(path)), "the weights and their conversion")
+            try:
+                url = f"{base_url}/{directory.name}/{file}"
+                download(url, path, n_bytes, lambda part, name=file: check_file(name, part))
+            except OSError as error:
+                raise OSError(f"{error}. {BUNDLED}") from error
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise ValueError unless the file at `path` can be a released model's `name`."""
+    from download import digest
+
+    n_bytes, sha256 = TABLES.get(name, (None, None))
+    is_mirror = os.environ.get("GPT2_BASE_URL", "").rstrip("/") not in ("", BASE_URL)
+    if sha256 and not (is_mirror and path.stat().st_size != n_bytes) and digest(path, "sha256").hex() != sha256:
+        raise ValueError("its SHA-256 is not that of the released one")
+    try:
+        READERS.get(name, Path)(path)
+    except ValueError as error:
+        raise ValueError(f"it is no {name} that can be read") from error
+
+
+def check_space(directory: Path, n_bytes: int, purpose: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < n_bytes:
+        raise OSError(
+            f"{directory}: {purpose} need {n_bytes:,} bytes, and this disk has {free:,} free; make room, or give "
+            "--models_dir on another one"
+        )
+
+
+def find_weights(directory: Path, n_bytes: int, released: bool) -> Path:
+    """The path of the weights of the checkpoint in `directory`, converted if they are not there or are of another one.
+
+    A released model's checkpoint, of `n_bytes`, is downloaded. Where `directory` cannot be written, the conversion goes
+    to the user's cache. Raises ValueError for a checkpoint that is damaged or does not fit hparams.json, OSError,
+    ImportError without TensorFlow.
+    """
+    homes = homes_of(directory)
+    for home in homes:
+        if is_current(home / WEIGHTS, directory):
+            return home / WEIGHTS
+    weights = homes[-1] / WEIGHTS
+    for last in (False, True):
+        if released:
+            fetch(directory, CHECKPOINT_FILES, n_bytes)
+        check_checkpoint(directory, n_bytes)
+        with locked(weights.parent):
+            if is_current(weights, directory):  # by now: another process has made it
+                break
+            try:
+                convert_checkpoint(directory, weights, n_bytes)
+                break
+            except DamagedCheckpointError as error:
+                if last or not released:
+                    raise
+                print(f"{error}: they are removed, and downloaded once more", file=sys.stderr)
+                for file in (CHECKPOINT_INDEX, CHECKPOINT_DATA):
+                    (directory / file).unlink()
+    return weights
+
+
+def is_current(weights: Path, directory: Path) -> bool:
+    """Whether `weights` are there, and made of the checkpoint in `directory`, if it still has one.
+
+    Raises ValueError if that cannot be told, and they are the older.
+    """
+    index = directory / CHECKPOINT_INDEX
+    if not weights.is_file():
+        return False
+    if not index.is_file():
+        return weights.parent == directory  # in the cache they may be those of an earlier directory of this name
+    made_of = map_tensors(weights)[1].get(CHECKPOINT_INDEX)
+    if made_of is None and weights.stat().st_mtime < index.stat().st_mtime:
+        raise ValueError(f"{weights} is older than {index} and may be of another checkpoint: delete one of the two")
+    return made_of in (None, identify(index))
+
+
+def identify(index: Path) -> str:
+    """What tells one checkpoint from another: the index holds the checksums of all tensors."""
+    return hashlib.sha256(index.read_bytes()).hexdigest()
+
+
+def check_checkpoint(directory: Path, n_bytes: int) -> None:
+    """Raise OSError or ValueError unless the checkpoint in `directory` is there and its data are `n_bytes` long."""
+    data = directory / CHECKPOINT_DATA
+    for path in (data, directory / CHECKPOINT_INDEX):
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {path.name} is there")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(f"{path} cannot be read: Permission denied")
+    if data.stat().st_size != n_bytes:
+        found = f"{data.stat().st_size:,} bytes, where hparams.json implies {n_bytes:,}"
+        raise ValueError(f"{data} is damaged, or of another model: it has {found}; get it again")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(f"TensorFlow is needed once, to convert {data}: pip install tensorflow")
+
+
+def convert_checkpoint(directory: Path, weights: Path, n_bytes: int) -> None:
+    """Write to `weights` what the TensorFlow checkpoint in a model directory has, with a note of which one it was."""
+    if weights.is_dir():
+        raise IsADirectoryError(f"{weights} is a directory, where a file belongs: remove it")
+    sweep(weights)
+    check_space(weights.parent, n_bytes, f"the weights, converted to {WEIGHTS},")
+    print(f"{directory}: converting the checkpoint to {weights} ...", file=sys.stderr)
+    with replacing(weights) as temporary:
+        command = [sys.executable, __file__, str(directory), str(temporary)]
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        if child.returncode:
+            reason = child.stdout.strip() or f"status {child.returncode}, {child.stderr.strip()[-200:]}"
+            problem = f"{directory}: the checkpoint could not be converted: {reason}"
+            if child.returncode == DAMAGED:
+                files = f"{CHECKPOINT_INDEX} or {CHECKPOINT_DATA}"
+                raise DamagedCheckpointError(f"{problem}; {files} is damaged: get both again")
+            raise ValueError(problem)
+    freed = sum(path.stat().st_size for path in map(directory.joinpath, CHECKPOINT_FILES) if path.is_file())
+    print(f"{directory}: done; deleting checkpoint, model.ckpt.* would free {freed / 1e6:,.0f} MB", file=sys.stderr)
+
+
+def convert(directory: str, target: str) -> None:
+    """The child's part: write the checkpoint in `directory` to `target`, having read and checked every tensor."""
+    from tensorflow.compat.v1.train import NewCheckpointReader
+
+    index = Path(directory, CHECKPOINT_INDEX)
+    source = identify(index)
+    reader = NewCheckpointReader(os.path.join(directory, index.stem))
+    shapes = param_shapes(read_hparams(Path(directory, "hparams.json")))
+    found = reader.get_variable_to_shape_map()
+    # c_attn, c_fc and c_proj are convolutions of width 1 there, [1, n_in, n_out].
+    squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
+    check_tensors(index, squeezed, flatten(shapes, checkpoint_name))
+
+    def read(path: tuple, shape: tuple) -> np.ndarray:
+        name = checkpoint_name(path)
+        tensor = reader.get_tensor(name)  # TensorFlow compares its checksum
+        if tensor.dtype != np.float32:
+            raise ValueError(f"{name} has the type {tensor.dtype}, not float32")
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{name} holds numbers that are infinite or NaN")
+        return tensor.reshape(shape)
+
+    tensors = flatten(map_leaves(read, shapes), tensor_name)
+    write_tensors(Path(target), tensors, {"format": "pt", CHECKPOINT_INDEX: source})
+
+
+def checkpoint_name(path: tuple) -> str:
+    """("blocks", 0, "attn", "c_attn", "w") -> `model/h0/attn/c_attn/w`, as the released checkpoint names it."""
+    return "/".join(["model", *map(str, path)]).replace("blocks/", "h")
+
+
+if __name__ == "__main__":
+    try:
+        convert(*sys.argv[1:])
+    except Exception as error:  # TensorFlow has many; standard error is full of its log, so the reason goes here
+        print(" ".join(str(error).split()))
+        sys.exit(1 if isinstance(error, ValueError | OSError | MemoryError) else DAMAGED)

@@ -1,0 +1,120 @@
+"""A web server for the tests, that serves files as it should, or as told: late, cut short, changed, or not at all."""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from helpers import serving
+
+
+@dataclass
+class Answer:
+    """How one request is answered; left alone, well."""
+
+    status: int = 0  # other than what is right
+    headers: dict[str, str] = field(default_factory=dict)  # besides the usual; None leaves a usual one out
+    body: bytes | None = field(default=None, repr=False)  # in place of the file's
+    stop_after: int | None = None  # bytes of the body; then the connection is closed
+    then: str = "close"  # or "stall", or "reset"
+    ignore_range: bool = False
+    ignore_condition: bool = False  # send the range even if the file is another than the one asked for
+
+
+class Server:
+    """`files` by path. `answers` are for the next requests; then all is well. `requests` are those that came."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.answers: list[Answer] = []
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.validator = "ETag"  # or "weak", or "Last-Modified", or "": what tells a changed file
+        self.pause = 0.0  # seconds, in the middle of each answer
+        self.url = ""
+        self.over = threading.Event()
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.requests]
+
+    def ranges(self) -> list[str | None]:
+        return [headers.get("Range") for _, headers in self.requests]
+
+    def validators(self, body: bytes) -> dict[str, str]:
+        digest = hashlib.md5(body).hexdigest()
+        day = 1 + int(digest, 16) % 28  # a date that changes with the content
+        values = {
+            "ETag": f'"{digest}"',
+            "weak": f'W/"{digest}"',
+            "Last-Modified": f"Mon, {day:02} Jan 2024 00:00:00 GMT",
+        }
+        name = self.validator
+        return {"ETag" if name == "weak" else name: values[name]} if name else {}
+
+
+def make_handler(server: Server) -> type:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            server.requests.append((self.path, dict(self.headers)))
+            answer = server.answers.pop(0) if server.answers else Answer()
+            path = re.sub("^http://[^/]*", "", self.path)  # of a request to a proxy
+            body = server.files.get(path) if answer.body is None else answer.body
+            if body is None:
+                answer, body = Answer(status=404, headers=answer.headers), b"there is no such file"
+            headers = server.validators(body)
+            status, start = 200, 0
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            unchanged = answer.ignore_condition or self.headers.get("If-Range") in headers.values()
+            if asked and unchanged and not answer.ignore_range:
+                status, start = 206, int(asked[1])
+                headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+                if start >= len(body):
+                    status, headers["Content-Range"] = 416, f"bytes */{len(body)}"
+            body = body[start:]
+            headers |= {"Content-Length": str(len(body)), "Connection": "close"} | answer.headers
+            self.send_response(answer.status or status)
+            for name, value in headers.items():
+                if value is not None:
+                    self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                body = body[: answer.stop_after]
+                self.wfile.write(body[: len(body) // 2])
+                server.over.wait(server.pause)
+                self.wfile.write(body[len(body) // 2 :])
+            self.close_connection = True
+            if answer.then == "stall":
+                server.over.wait(20)
+            if answer.then == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+        def log_message(self, *args):
+            pass
+
+        def finish(self):
+            with contextlib.suppress(OSError, ValueError):  # of a connection that was reset
+                super().finish()
+
+    return Handler
+
+
+@contextlib.contextmanager
+def faulty_server() -> Iterator[Server]:
+    server = Server()
+    with serving(make_handler(server)) as server.url:
+        try:
+            yield server
+        finally:
+            server.over.set()
+
+
+def md5_header(body: bytes) -> dict[str, str]:
+    return {"Content-MD5": base64.b64encode(hashlib.md5(body).digest()).decode()}
