@@ -189,6 +189,13 @@ def test_text_is_streamed_in_whole_characters(encoder, text):
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
+@given(ids=st.lists(st.integers(0, 299)))
+def test_any_ids_decode_and_stream_alike(tiny_encoder, ids):
+    """Also ids that no text has, and that end inside a character."""
+    text = b"".join(map(tiny_encoder.token_bytes, ids)).decode("utf-8", "replace")
+    assert tiny_encoder.decode(ids) == "".join(tiny_encoder.decode_stream(ids)) == text
+
+
 def test_a_stream_cut_inside_a_character_ends_as_decode_does(tiny_encoder):
     ids = [tiny_encoder.encoder[c] for c in split_bytes("a你")[:-1]]
     assert list(tiny_encoder.decode_stream(ids)) == ["a", "", "", "\ufffd"]

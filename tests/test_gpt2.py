@@ -243,6 +243,25 @@ def test_cached_equals_uncached_at_every_split(tiny_params, lengths, batched):
         assert_close(part, whole[..., start:end, :])
 
 
+@settings(max_examples=60)
+@given(st.data())
+def test_cached_equals_uncached_for_any_shape_length_and_batch(data):
+    n_head, d_head, n_layer, n_ctx = (data.draw(st.integers(1, most)) for most in (5, 9, 3, 150))
+    hparams = {"n_vocab": 40, "n_ctx": n_ctx, "n_embd": n_head * d_head, "n_head": n_head, "n_layer": n_layer}
+    params = random_params(hparams, seed=data.draw(st.integers(0, 99)))
+    batch = data.draw(st.sampled_from([(), (1,), (2,), (5,)]))
+    n_seq = data.draw(st.integers(1, n_ctx))
+    ids = np.random.default_rng(n_seq).integers(0, 40, (*batch, n_seq))
+    whole = gpt2(ids, **params, n_head=n_head)
+    cache, parts = new_cache(params, n_head, data.draw(st.integers(n_seq, n_ctx)), *batch), []
+    while cache["n_past"] < n_seq:
+        end = cache["n_past"] + data.draw(st.integers(1, n_seq - cache["n_past"]))
+        parts.append(gpt2(ids[..., cache["n_past"] : end], **params, n_head=n_head, cache=cache))
+    assert_close(np.concatenate(parts, axis=-2), whole)
+    several = np.broadcast_to(ids, (2, 1, *ids.shape))  # any leading axes, without a cache
+    assert_close(gpt2(several, **params, n_head=n_head)[1, 0], whole)
+
+
 def test_prefill_and_single_steps_equal_one_pass(tiny_params, ids, logits):
     for n_prefill in range(1, len(ids)):
         cache = new_cache(tiny_params, N_HEAD, N_CTX)

@@ -112,12 +112,15 @@ def test_a_seed_gives_the_same_draws_again():
     assert first.tolist() == second.tolist() != other.tolist()
 
 
+SHAPES = array_shapes(min_dims=1, max_dims=2, max_side=20)
+EXTREME = st.sampled_from([np.inf, -np.inf, 0.0, 3e38, -3e38, 1e-45])
+
+
 @given(
-    arrays(
-        np.float32,
-        array_shapes(min_dims=1, max_dims=2, max_side=20),
-        elements=st.floats(width=32, allow_nan=False) | st.sampled_from([np.inf, -np.inf, 0.0, 3e38, -3e38]),
-    ),
+    arrays(np.float32, SHAPES, elements=st.floats(width=32, allow_nan=False) | EXTREME)
+    | arrays(np.float32, SHAPES, elements=st.sampled_from([0.0, 1.0]))  # ties
+    | arrays(np.float32, SHAPES, elements=EXTREME, fill=EXTREME)  # all equal, or all but a few
+    | arrays(np.float32, SHAPES, elements=st.floats(-9, 9, width=32), fill=st.just(-np.inf)),  # one finite, or a few
     st.floats(0, 1e300, allow_subnormal=False) | st.sampled_from([0, 1e-300, 5e-324, 1e308]),
     st.integers(0, 25),
     st.floats(0, 1, exclude_min=True),
