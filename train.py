@@ -45,6 +45,7 @@ from utils import (
     save_model,
     save_params,
     save_tensors,
+    sweep,
     tensor_name,
 )
 
@@ -455,6 +456,9 @@ def main(
         raise ValueError(f"model must be gpt or bigram, not {model!r}")
     resume = resume and model == "gpt"  # a bigram model is counted anew each time, and not saved
     directory = check_out(out, resume, overwrite) if model == "gpt" else Path()
+    if model == "gpt":
+        for file in (WEIGHTS, STATE):
+            sweep(directory / file)
     vectors, record = load_state(directory / STATE) if resume else ({}, {})
     settings = choose_settings(given, record.get("settings", {}))
 

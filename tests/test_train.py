@@ -318,7 +318,9 @@ def test_a_killed_training_resumes_from_its_last_evaluation(text, tmp_path):
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
+    Path(broken, "training.safetensors.123.tmp").write_bytes(b"half of it, as if it had been killed while writing")
     assert run("train.py", text, f"--out={broken}", "--resume").returncode == 0
+    assert not list(Path(broken).glob("*.tmp"))
     assert weights_of(broken) == weights_of(whole)
 
 
