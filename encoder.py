@@ -15,6 +15,7 @@ import regex
 END_OF_TEXT = "<|endoftext|>"
 # Contractions; letters, digits or other signs with one space before; spaces, but for the last, which goes with a word.
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+SPECIAL = regex.compile(r"<\P{Cs}*>")  # any token in angle brackets, but for lone surrogates: UTF-8 has none
 MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 65_536, 64
 
 
@@ -61,7 +62,7 @@ class Encoder:
         if missing := made.union(*self.bpe_ranks) - encoder.keys():
             raise ValueError(f"the merges name {min(missing)!r}, which is not in the vocabulary")
         orphans = encoder.keys() - made - BYTE_DECODER.keys()
-        if orphans := [token for token in orphans if not (token[:1] == "<" and token[-1:] == ">")]:
+        if orphans := [token for token in orphans if not SPECIAL.fullmatch(token)]:
             raise ValueError(f"no merge makes {min(orphans)!r}, which is in the vocabulary and no special token")
         if missing := BYTE_DECODER.keys() - encoder.keys():
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 single bytes: {''.join(sorted(missing))}")

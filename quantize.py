@@ -190,7 +190,7 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
         found = tensors[name]
         if is_matrix(path):
             found = Int8(found, tensors[f"{name}.scale"], transposed=path != ("wte",))
-            if (found.rows.dtype, found.scale.dtype, len(found.scale)) != (np.int8, np.float32, len(found.rows)):
+            if (found.rows.dtype, found.scale.dtype, found.scale.shape) != (np.int8, np.float32, found.rows.shape[:1]):
                 raise ValueError(f"{name} is not int8 with a scale for each row")
         if (found.shape, found.dtype) != (array.shape, array.dtype):
             raise ValueError(f"{name} has another shape or type")

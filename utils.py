@@ -108,7 +108,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     if lines[0].startswith("#version"):
         del lines[0]
     merges = [tuple(line.split()) for line in lines if line]
-    if odd := next((merge for merge in merges if len(merge) != 2), None):
+    if (odd := next((merge for merge in merges if len(merge) != 2), None)) is not None:
         raise ValueError(f"{path} is damaged: {' '.join(odd)[:40]!r} is not a merge of two tokens; {MEND}")
     return merges
 
@@ -130,8 +130,9 @@ def read_hparams(path: Path) -> dict[str, int]:
 
 
 def read_json(path: Path) -> dict:
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: it is nested too deep; {MEND}") from error
     except ValueError as error:
@@ -245,23 +246,31 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             pass  # it checks the header, and that the tensors fill the file exactly, but reading with it would copy
         start = 8 + int.from_bytes(pages[:8], "little")
         header = json.loads(pages[8:start], object_pairs_hook=unique)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and convert or get it again") from error
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: view_tensor(pages, start, name, **tensor) for name, tensor in header.items()}
+    except (SafetensorError, ValueError, TypeError) as error:  # TypeError: the library takes a list for an object
+        reason = repr(str(error))[1:-1]  # in one line, whatever names the file has
+        raise ValueError(f"{path} cannot be used ({reason}): delete it, and convert or get it again") from error
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # of kernels without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    metadata = header.pop("__metadata__", {})
+    return tensors, metadata
 
-    def view(name: str, tensor: dict) -> np.ndarray:
-        if tensor["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} has the type {tensor['dtype']}, not one of {', '.join(DTYPES)}")
-        shape, offset = tensor["shape"], start + tensor["data_offsets"][0]
-        array = np.frombuffer(pages, DTYPES[tensor["dtype"]], math.prod(shape), offset).reshape(shape)
-        return np.require(array, requirements="A")  # a copy, should a foreign file not be aligned to 4 bytes
 
-    return {name: view(name, tensor) for name, tensor in header.items()}, metadata
+def view_tensor(
+    pages: mmap.mmap, start: int, name: str, dtype: str, shape: list[int], data_offsets: list[int], **_: object
+) -> np.ndarray:
+    """One tensor of a safetensors file whose data begin at `start`; ValueError or TypeError if it cannot be used."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has the type {dtype}, not one of {', '.join(DTYPES)}")
+    if not name.isprintable():
+        raise ValueError(f"{name} is no name of a tensor")
+    array = np.frombuffer(pages, DTYPES[dtype], math.prod(shape), start + data_offsets[0]).reshape(shape)
+    array = np.require(array, requirements="A")  # a copy, should a foreign file not be aligned to 4 bytes
+    array.flags.writeable = False
+    return array
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:

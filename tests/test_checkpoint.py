@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -17,10 +18,10 @@ from safetensors.numpy import load_file
 import checkpoint
 import download
 import utils
-from checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, fetch, identify, is_current
+from checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, fetch, find_weights, identify, is_current
 from faulty_server import Answer
 from helpers import ROOT, TINY, as_any_user, assert_same_params, has_permissions, run, write_checkpoint, write_model
-from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, map_tensors, save_tensors
+from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, locked, map_tensors, save_tensors
 
 TABLES = ("encoder.json", "vocab.bpe")
 ALL_FILES = {*TABLES, "hparams.json", *CHECKPOINT_FILES}
@@ -309,6 +310,26 @@ def test_processes_that_start_at_once_do_the_work_once(mirror, tmp_path):
     assert set(Counter(mirror.paths()).values()) == {1}
     assert sum("converting" in errors for _, errors in results) == 1
     assert "models/124M: waiting for another process that downloads or converts it ..." in str(results)
+
+
+def test_weights_that_another_process_makes_meanwhile_are_taken(tmp_path, released, monkeypatch, capsys):
+    directory = shutil.copytree(released / "124M", tmp_path / "mine")
+    monkeypatch.setattr(checkpoint, "convert_checkpoint", lambda *arguments: pytest.fail("it converts once more"))
+    has_lock = threading.Event()
+
+    def other():
+        with locked(directory):
+            has_lock.set()
+            time.sleep(0.3)
+            note = {CHECKPOINT_INDEX: identify(directory / CHECKPOINT_INDEX)}
+            save_tensors(directory / WEIGHTS, {"a": np.zeros(1, np.float32)}, note)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert has_lock.wait(20)
+    assert find_weights(directory, N_DATA_BYTES, released=False) == directory / WEIGHTS
+    thread.join()
+    assert "mine: waiting for another process that downloads or converts it" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")

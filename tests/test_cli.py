@@ -467,10 +467,11 @@ ASCII = [
 @posix
 @pytest.mark.parametrize("encoding", ASCII, ids=str)
 def test_a_terminal_that_lacks_a_character_shows_a_question_mark(gpt2_py, model, encoding):
-    result = gpt2_py("é", "--n_tokens_to_generate=20", env={**os.environ, **encoding})
+    result = gpt2_py("1", "--n_tokens_to_generate=20", env={**os.environ, **encoding})
     assert (result.returncode, result.stderr) == (0, b"")
-    expected = continuation(model, "é", 20).encode("ascii", "replace") + b"\n"
-    assert result.stdout == expected
+    text = continuation(model, "1", 20)
+    assert not text.isascii()
+    assert result.stdout == text.encode("ascii", "replace") + b"\n"
 
 
 @posix
@@ -478,8 +479,8 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(gpt2_py, model,
 def test_an_error_about_other_letters_is_shown_in_those_that_there_are(encoding):
     result = run("gpt2.py", "x", "--model_size=é", env={**os.environ, **encoding})
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 1
-    assert b"there is no model '\\xe9'" in line
+    assert (result.returncode, line.isascii()) == (1, True)
+    assert b"there is no model '\\" in line
 
 
 @posix

@@ -1,5 +1,6 @@
 """int8 weights answer as the arrays they stand for, and are mapped from a file that is never stale."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -159,16 +160,30 @@ def test_without_a_directory_to_cache_in_it_is_compiled_all_the_same(monkeypatch
     assert module.compiled()(lambda x: x + 1)(2) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"{" * 99, None])
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"{" * 99])
 def test_a_damaged_file_is_made_anew(tiny, damage):
     directory, params = tiny
     map_quantized(directory, params)
     path = directory / INT8_WEIGHTS
-    if damage:
-        path.write_bytes(damage(path.read_bytes()))
-    else:  # complete, but of another shape
-        tensors, metadata = module.map_tensors(path)
-        module.save_tensors(path, tensors | {"wte.weight": tensors["wte.weight"][:-1]}, metadata)
+    path.write_bytes(damage(path.read_bytes()))
+    assert_same(map_quantized(directory, params), quantize(params))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("wte.weight", lambda rows: rows[:-1]),
+        ("wte.weight.scale", lambda scale: scale[0]),
+        ("wte.weight.scale", lambda scale: scale[:, None]),
+        ("ln_f.bias", lambda bias: bias[:0]),
+    ],
+)
+def test_a_file_whose_shapes_do_not_fit_is_made_anew(tiny, name, change):
+    directory, params = tiny
+    map_quantized(directory, params)
+    path = directory / INT8_WEIGHTS
+    tensors, metadata = module.map_tensors(path)
+    module.save_tensors(path, tensors | {name: change(tensors[name])}, metadata)
     assert_same(map_quantized(directory, params), quantize(params))
     assert_same(module.from_tensors(params, module.map_tensors(path)[0]), quantize(params))
 
@@ -183,6 +198,21 @@ def test_where_it_cannot_be_written_the_weights_stay_in_memory(tiny, monkeypatch
     assert_same(map_quantized(directory, params), quantize(params))
     (line,) = capsys.readouterr().err.splitlines()
     assert "int8" in line and "the disk is full" in line
+
+
+def test_what_another_process_makes_meanwhile_is_taken(tiny, monkeypatch):
+    directory, params = tiny
+    expected = map_quantized(directory, params)
+    hidden = (directory / INT8_WEIGHTS).rename(directory / "hidden")
+
+    @contextlib.contextmanager
+    def locked(home):  # as long as this one waits, another one works
+        hidden.rename(home / INT8_WEIGHTS)
+        yield
+
+    monkeypatch.setattr(module, "locked", locked)
+    monkeypatch.setattr(module, "quantize", lambda params: pytest.fail("it does the work once more"))
+    assert_same(map_quantized(directory, params), expected)
 
 
 def test_in_a_read_only_directory_the_file_goes_to_the_users_cache(tmp_path, monkeypatch):

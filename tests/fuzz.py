@@ -1,0 +1,151 @@
+"""Damage the files of a tiny model in all ways that lead to new code, and see that what reads them takes it well.
+
+    pip install atheris && python tests/fuzz.py    # ends after 200,000 inputs, ten minutes, or one finding
+    python tests/fuzz.py -runs=1 FILE              # a finding once more; more options are libFuzzer's
+
+A file is either refused, with a ValueError or OSError of one line that begins with its place, or what is read from it
+works. All else is a finding: another error, a crash, ten seconds or two gigabytes spent on one input.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.numpy import load_file, save
+
+try:
+    import atheris
+except ImportError:
+    sys.exit("the fuzzer needs atheris: pip install atheris")
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+with atheris.instrument_imports(include=["encoder", "utils"]):
+    import utils
+    from encoder import BYTE_DECODER
+    from helpers import random_params
+
+HPARAMS = {"n_vocab": 3, "n_ctx": 1, "n_embd": 2, "n_head": 1, "n_layer": 1}
+BYTES = json.dumps({character: i for i, character in enumerate(BYTE_DECODER)})[:-1].encode()  # how encoder.json begins
+TEXT = "Hëllo, it's 2 o'clock \U0001f44b\0\r\n\t <|endoftext|>\u2028" + "".join(map(chr, range(256)))
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^\s",:{}\[\]]+|\s|.', re.DOTALL)  # of JSON
+ODD = rb"""null true NaN -Infinity 1e400 -1 -0 0.5 0 4 255 4611686018427387904 9223372036854775808 18446744073709551615
+"" "\ud800" "<\ud800>" "\n" "\u001b" "a" "F32" "I8" "n_ctx" "__metadata__" {} [] {"F32":null} ["F32",[6],[0,24]]
+""".split()
+ODD += [b" ", b"\n", b",", b":", "\ufeff".encode(), "\u2028".encode(), b"9" * 5000, b"1," * 70, b"[" * 2000]
+
+
+def undamaged() -> list[bytes]:
+    """The inputs from which all others come: a digit for what it is, JSON, then a zero byte and what else there is."""
+    tables = b'1,"ll":256,"ell":257,"<|endoftext|>":258}\0#version: 0.2\nl l\ne ll\n'
+    mixed = b"""3{"__metadata__":{"a":"b"},"x":{"dtype":"I8","shape":[1,3],"data_offsets":[0,3]},
+        "y":{"dtype":"F32","shape":[],"data_offsets":[3,7]}}\0weights"""
+    weights = save(utils.flatten(random_params(HPARAMS), utils.tensor_name))
+    start = 8 + int.from_bytes(weights[:8], "little")
+    gpt2 = b"3" + weights[8:start] + b"\0" + weights[start:]
+    return [b"0" + json.dumps(HPARAMS).encode(), tables, b"2" + weights, mixed, gpt2]
+
+
+INPUTS = undamaged()
+
+
+def check(directory: Path, data: bytes) -> None:
+    """Write what an input stands for, and read it."""
+    kind, (text, _, rest) = data[:1], data[1:].partition(b"\0")
+    try:
+        if kind == b"0":
+            (directory / "hparams.json").write_bytes(text)
+            check_hparams(directory / "hparams.json")
+        elif kind == b"1":
+            (directory / "encoder.json").write_bytes(BYTES + text)
+            (directory / "vocab.bpe").write_bytes(rest)
+            check_tables(directory)
+        else:  # with 2, the length of the header is part of what is damaged
+            whole = data[1:] if kind == b"2" else len(text).to_bytes(8, "little") + text + rest
+            (directory / utils.WEIGHTS).write_bytes(whole)
+            check_weights(directory / utils.WEIGHTS)
+    except (ValueError, OSError) as error:
+        if not (str(error).startswith(str(directory)) and str(error).isprintable()):
+            raise
+
+
+def check_hparams(path: Path) -> None:
+    hparams = utils.read_hparams(path)
+    hparams["n_layer"] = min(hparams["n_layer"], 100)  # the 10,000 that are allowed take half a second
+    assert 0 < utils.count_bytes(utils.param_shapes(hparams)) < 2**63
+
+
+def check_tables(directory: Path) -> None:
+    tokenizer = utils.read_encoder(directory)
+    assert all(len(pair) == 2 for pair in tokenizer.bpe_ranks)
+    text = TEXT + tokenizer.decode(range(len(tokenizer.encoder)))
+    for allow_special in (False, True):
+        ids = tokenizer.encode(text, allow_special)
+        assert tokenizer.decode(ids) == "".join(tokenizer.decode_stream(ids)) == text
+
+
+def check_weights(path: Path) -> None:
+    tensors, metadata = utils.map_tensors(path)
+    assert all(isinstance(text, str) for item in metadata.items() for text in item)
+    expected = load_file(path)  # the library's way, which copies
+    assert tensors.keys() == expected.keys()
+    for name, array in tensors.items():
+        assert not array.flags.writeable
+        assert (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype)
+        assert array.tobytes() == expected[name].tobytes()
+    shapes = utils.param_shapes(HPARAMS)
+    arrays, wanted = (utils.flatten(tree, utils.tensor_name) for tree in (utils.map_params(path, shapes), shapes))
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {n: (s, "<f4") for n, s in wanted.items()}
+
+
+def end(tokens: list[bytes], start: int) -> int:
+    """Where the value ends that begins at `start`: behind the bracket that closes it, or one token."""
+    depth = 0
+    for i, token in enumerate(tokens[start:], start + 1):
+        depth += (token in b"{[") - (token in b"}]")
+        if depth <= 0:
+            return i
+    return len(tokens)
+
+
+def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+    """Another input: its bytes are changed, or values replaced, or members of a list or object removed or doubled."""
+    draw = random.Random(seed)
+    data = draw.choice((data, draw.choice(INPUTS)))  # else most would be damaged in several places
+    tokens = TOKEN.findall(data[1:])
+    if draw.random() < 0.3 or not tokens:
+        return atheris.Mutate(data, max_size)
+    for _ in range(draw.choice((1, 1, 2))):
+        starts = [i for i, token in enumerate(tokens) if token not in b",:}]"] or [0]
+        i, k = draw.choice(starts), draw.choice(starts)
+        j = end(tokens, i)
+        if draw.random() < 0.6:
+            tokens[i:j] = draw.choice(([draw.choice(ODD)], tokens[k : end(tokens, k)]))
+        else:
+            j = end(tokens, j + 1) if tokens[j : j + 1] == [b":"] else j  # a name goes with its value
+            tokens[i : j + 1] = draw.choice(([], 2 * tokens[i : j + 1]))  # and with the comma
+    return (data[:1] + b"".join(tokens))[:max_size]
+
+
+def fuzz(directory: Path, options: list[str]) -> None:
+    paths = [directory / str(i) for i in range(len(INPUTS))]
+    for path, data in zip(paths, INPUTS, strict=True):
+        path.write_bytes(data)
+    limits = ["-runs=200000", "-max_total_time=600", "-timeout=10", "-rss_limit_mb=2048", "-max_len=16384"]
+    places = [f"-seed_inputs={','.join(map(str, paths))}", f"-artifact_prefix={tempfile.gettempdir()}/fuzz-"]
+    arguments = [sys.argv[0], *limits, *places, "-cross_over=0", "-print_final_stats=1", *options]
+    atheris.Setup(arguments, lambda data: check(directory, data), custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--in"]:
+        fuzz(Path(sys.argv[2]), sys.argv[3:])
+    else:  # libFuzzer ends its process on the spot, so another one removes the files
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
+            status = subprocess.call([sys.executable, __file__, "--in", directory, *sys.argv[1:]])
+        sys.exit(status)

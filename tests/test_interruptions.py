@@ -1,0 +1,170 @@
+"""The whole program, interrupted at any moment, without room, for long, and many at once."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint import CHECKPOINT_FILES
+from encoder import Encoder
+from gpt2 import generate
+from helpers import ROOT, TINY, random_params, run, tiny_tables, write_model
+from utils import WEIGHTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals and tmpfs are POSIX")]
+
+FILES = {"encoder.json", "vocab.bpe", "hparams.json", *CHECKPOINT_FILES, WEIGHTS}
+ARGUMENTS = ("Hello", "--n_tokens_to_generate=24", "--ignore_eot")
+
+
+@pytest.fixture
+def expected(tiny_params):
+    """What the command prints."""
+    encoder = Encoder(*tiny_tables())
+    ids = generate(encoder.encode("Hello"), tiny_params, TINY["n_head"], 24, n_vocab=len(encoder.encoder))
+    return encoder.decode(ids) + "\n"
+
+
+def start(directory):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "gpt2.py"), *ARGUMENTS],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # so that Ctrl-C reaches the conversion too, as it does at a terminal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def names(directory):
+    model = directory / "models" / "124M"
+    return {path.name for path in model.iterdir()} if model.is_dir() else set()
+
+
+@pytest.mark.parametrize(("sent", "to_all"), [(signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_whenever_it_is_stopped_the_same_command_goes_on(mirror, tmp_path, expected, sent, to_all):
+    """Fifty times: while it starts, downloads, converts, computes the prompt and decodes."""
+    mirror.pause = 0.1
+    rng, directory, n_stopped, n_complete, longest = random.Random(0), tmp_path / "0", 0, 0, 6.0
+    directory.mkdir()
+    while n_stopped < 50:
+        process, began = start(directory), time.monotonic()
+        moment = rng.uniform(0, longest) * rng.random()  # earlier ones more often
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            (os.killpg if to_all else os.kill)(process.pid, sent)
+            n_stopped += 1
+        printed, errors = process.communicate(timeout=60)
+        whole = {name for name in names(directory) if not re.search(r"\.(part|part\.json|tmp|lock)$", name)}
+        assert whole <= FILES
+        if process.returncode == 0:
+            assert printed.decode() == expected
+            longest = time.monotonic() - began
+            assert names(directory) == FILES | {".lock"}
+            shutil.rmtree(directory)  # and from the beginning
+            n_complete += 1
+            directory = tmp_path / str(n_complete)
+            directory.mkdir()
+        else:
+            assert process.returncode in (130, -sent), errors
+            if moment > 0.5:  # before, Python itself may be starting
+                assert b"Traceback" not in errors
+    last = run("gpt2.py", *ARGUMENTS, cwd=directory)
+    assert (last.returncode, last.stdout.decode()) == (0, expected), last.stderr
+    assert names(directory) == FILES | {".lock"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes, or resizes, a file system of a few bytes, and returns its path."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def resize(n_bytes: int) -> Path:
+        remount = "remount," if place.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{remount}size={n_bytes}", "tmpfs", str(place)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("here no small file system can be mounted")
+        return place
+
+    yield resize
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 16, 32, 320, 584, 592, 596, 604])
+def test_when_the_disk_is_full_the_same_command_goes_on_with_more_room(mirror, small_disk, expected, kilobytes):
+    disk = small_disk(kilobytes * 1024)
+    result = run("gpt2.py", *ARGUMENTS, cwd=disk)
+    if result.returncode:
+        *_, line = result.stderr.decode().splitlines()
+        assert (result.returncode, result.stdout) == (1, b"")
+        assert re.search("No space left on device|bytes, and this disk has [0-9,]+ free", line), line
+        assert b"Traceback" not in result.stderr
+        assert {name for name in names(disk) if not re.search(r"\.(part|part\.json|lock)$", name)} <= FILES
+    else:
+        assert result.stdout.decode() == expected
+    small_disk(8 * 2**20)
+    again = run("gpt2.py", *ARGUMENTS, cwd=disk)
+    assert (again.returncode, again.stdout.decode()) == (0, expected), again.stderr
+    assert names(disk) == FILES | {".lock"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_ten_thousand_generations_take_no_more_memory_than_one_thousand(tiny_model):
+    code = """if True:
+        import os, sys
+        import gpt2, utils
+        encoder, hparams, params = utils.load_encoder_hparams_and_params(sys.argv[1])
+        for n in range(10_001):
+            prompt = encoder.encode(f"Say it for the {n}th time")
+            gpt2.generate(prompt, params, hparams["n_head"], 4, temperature=1, seed=n, n_samples=1 + n % 3)
+            if n in (1_000, 10_000):
+                print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_model)], cwd=ROOT, capture_output=True, check=True)
+    early, late = map(int, done.stdout.split())
+    assert late - early < 3e6, "the memory of words alone may grow by some of that"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="shared pages are read from /proc")
+def test_thirty_processes_share_the_pages_of_one_model(tmp_path):
+    hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 768, "n_head": 12, "n_layer": 8}
+    model = write_model(tmp_path / "large", hparams, random_params(hparams))
+    n_bytes = (model / WEIGHTS).stat().st_size
+    code = """if True:
+        import sys
+        import gpt2, utils
+        encoder, hparams, params = utils.load_encoder_hparams_and_params(sys.argv[1])
+        gpt2.generate(encoder.encode("Hello there"), params, hparams["n_head"], 2)
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", code, str(model)]
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for _ in range(30)]
+    try:
+        assert all(process.stdout.readline() == b"ready\n" for process in processes)
+        resident = proportional = private_dirty = 0
+        for process in processes:
+            for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{process.pid}/smaps").read_text()):
+                if mapping.split("\n")[0].endswith(str(model / WEIGHTS)):
+                    sizes = {name: int(n) for name, n in re.findall(r"(\w+): +(\d+) kB", mapping)}
+                    resident += 1024 * sizes["Rss"]
+                    proportional += 1024 * sizes["Pss"]
+                    private_dirty += sizes["Private_Dirty"]
+    finally:
+        for process in processes:
+            process.communicate()
+    assert resident > 25 * n_bytes, "each has read all of it"
+    assert proportional < 1.1 * n_bytes, "and together they have it once"
+    assert private_dirty == 0
