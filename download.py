@@ -164,7 +164,9 @@ def continues(headers: dict[str, str], part: Path) -> bool:
     known = read_record(part)
     same = all(headers.get(name, known.get(name)) == known.get(name) for name in VALIDATORS)
     found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
-    return bool(same and found) and int(found[1]) == size(part) and found[2] in ("*", known.get("Content-Length"))
+    if not (same and found and int(found[1]) == size(part)):
+        return False
+    return found[2] in ("*", known.get("Content-Length", found[2]))
 
 
 def digest(path: Path, algorithm: str) -> bytes:

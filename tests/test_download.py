@@ -120,6 +120,13 @@ def test_where_nothing_tells_that_the_file_is_the_same_it_starts_over(server, pa
     assert server.ranges() == [None, None]
 
 
+def test_a_file_whose_length_was_not_announced_goes_on_too(server, path, waits):
+    server.answers = [Answer(stop_after=HALF, headers={"Content-Length": None})]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [None, f"bytes={HALF}-"]
+
+
 def test_where_the_server_knows_no_ranges_it_starts_over(server, path, waits):
     server.answers = [Answer(stop_after=HALF), Answer(ignore_range=True)]
     download(f"{server.url}/file", path, N)
