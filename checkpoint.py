@@ -65,22 +65,34 @@ def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None
 
     if not (missing := [file for file in files if is_missing(file)]):
         return
-    if os.environ.get("GPT2_OFFLINE", "").lower() not in ("", "0", "false", "no", "off"):
+    if is_offline():
         raise FileNotFoundError(f"{directory / missing[0]} is not there whole, and this run is offline. {BUNDLED}")
-    from download import download, part_of, size  # late: most runs have every file
-
-    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     with locked(directory):
         for file in filter(is_missing, files):  # by now another process may have fetched them
-            path, n_bytes = directory / file, None
-            if file == CHECKPOINT_DATA:
-                n_bytes = n_data_bytes
-                check_space(directory, 2 * n_bytes - size(part_of(path)), "the weights and their conversion")
-            try:
-                url = f"{base_url}/{directory.name}/{file}"
-                download(url, path, n_bytes, lambda part, name=file: check_file(name, part))
-            except OSError as error:
-                raise OSError(f"{error}. {BUNDLED}") from error
+            fetch_file(directory, file, n_data_bytes if file == CHECKPOINT_DATA else None)
+
+
+def fetch_file(directory: Path, file: str, n_bytes: int | None) -> None:
+    """Download one file of a released model, for the process that has the lock."""
+    from download import download, part_of, size  # late: most runs have every file
+
+    path = directory / file
+    if n_bytes:
+        check_space(directory, 2 * n_bytes - size(part_of(path)), "the weights and their conversion")
+        print(f"{directory}: downloading {n_bytes / 1e6:,.0f} MB of weights ...", file=sys.stderr)
+    try:
+        download(f"{base_url()}/{directory.name}/{file}", path, n_bytes, lambda part: check_file(file, part))
+    except OSError as error:
+        hint = f" The length follows from {directory / 'hparams.json'}: if that is damaged, delete it."
+        raise OSError(f"{error}.{hint if 'are expected' in str(error) else ''} {BUNDLED}") from error
+
+
+def base_url() -> str:
+    return (os.environ.get("GPT2_BASE_URL", "").strip() or BASE_URL).rstrip("/")
+
+
+def is_offline() -> bool:
+    return os.environ.get("GPT2_OFFLINE", "").lower() not in ("", "0", "false", "no", "off")
 
 
 def check_file(name: str, path: Path) -> None:
@@ -88,8 +100,8 @@ def check_file(name: str, path: Path) -> None:
     from download import digest
 
     n_bytes, sha256 = TABLES.get(name, (None, None))
-    is_mirror = os.environ.get("GPT2_BASE_URL", "").rstrip("/") not in ("", BASE_URL)
-    if sha256 and not (is_mirror and path.stat().st_size != n_bytes) and digest(path, "sha256").hex() != sha256:
+    is_other = base_url() != BASE_URL and path.stat().st_size != n_bytes
+    if sha256 and not is_other and digest(path, "sha256").hex() != sha256:
         raise ValueError("its SHA-256 is not that of the released one")
     try:
         READERS.get(name, Path)(path)
@@ -117,23 +129,27 @@ def find_weights(directory: Path, n_bytes: int, released: bool) -> Path:
     for home in homes:
         if is_current(home / WEIGHTS, directory):
             return home / WEIGHTS
-    weights = homes[-1] / WEIGHTS
-    for last in (False, True):
-        if released:
-            fetch(directory, CHECKPOINT_FILES, n_bytes)
+    if not released:
         check_checkpoint(directory, n_bytes)
-        with locked(weights.parent):
-            if is_current(weights, directory):  # by now: another process has made it
-                break
-            try:
-                convert_checkpoint(directory, weights, n_bytes)
-                break
-            except DamagedCheckpointError as error:
-                if last or not released:
-                    raise
-                print(f"{error}: they are removed, and downloaded once more", file=sys.stderr)
-                for file in (CHECKPOINT_INDEX, CHECKPOINT_DATA):
-                    (directory / file).unlink()
+    if importlib.util.find_spec("tensorflow") is None:
+        install = f"pip install tensorflow, or copy {WEIGHTS} from where it was converted"
+        raise ImportError(f"TensorFlow is needed once, to convert the checkpoint in {directory}: {install}")
+    if released:
+        fetch(directory, CHECKPOINT_FILES, n_bytes)
+    weights = homes[-1] / WEIGHTS
+    with locked(weights.parent):
+        if is_current(weights, directory):  # by now: another process has made it
+            return weights
+        try:
+            convert_checkpoint(directory, weights, n_bytes)
+        except DamagedCheckpointError as error:
+            if not released or is_offline() or weights.parent != directory:
+                raise
+            print(f"{error}: they are removed, and downloaded once more", file=sys.stderr)
+            for file, length in ((CHECKPOINT_INDEX, None), (CHECKPOINT_DATA, n_bytes)):
+                (directory / file).unlink()
+                fetch_file(directory, file, length)
+            convert_checkpoint(directory, weights, n_bytes)
     return weights
 
 
@@ -163,18 +179,19 @@ def check_checkpoint(directory: Path, n_bytes: int) -> None:
     data = directory / CHECKPOINT_DATA
     for path in (data, directory / CHECKPOINT_INDEX):
         if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {path.name} is there")
+            raise FileNotFoundError(
+                f"{directory} has no weights: neither {WEIGHTS} nor {path.name} is there; get one of them"
+            )
         if not os.access(path, os.R_OK):
             raise PermissionError(f"{path} cannot be read: Permission denied")
     if data.stat().st_size != n_bytes:
         found = f"{data.stat().st_size:,} bytes, where hparams.json implies {n_bytes:,}"
         raise ValueError(f"{data} is damaged, or of another model: it has {found}; get it again")
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError(f"TensorFlow is needed once, to convert {data}: pip install tensorflow")
 
 
 def convert_checkpoint(directory: Path, weights: Path, n_bytes: int) -> None:
     """Write to `weights` what the TensorFlow checkpoint in a model directory has, with a note of which one it was."""
+    check_checkpoint(directory, n_bytes)
     if weights.is_dir():
         raise IsADirectoryError(f"{weights} is a directory, where a file belongs: remove it")
     sweep(weights)
@@ -198,10 +215,12 @@ def convert(directory: str, target: str) -> None:
     """The child's part: write the checkpoint in `directory` to `target`, having read and checked every tensor."""
     from tensorflow.compat.v1.train import NewCheckpointReader
 
-    index = Path(directory, CHECKPOINT_INDEX)
+    target = os.path.abspath(target)
+    os.chdir(directory)  # in a path TensorFlow would take [ and * for a pattern
+    index = Path(CHECKPOINT_INDEX)
     source = identify(index)
-    reader = NewCheckpointReader(os.path.join(directory, index.stem))
-    shapes = param_shapes(read_hparams(Path(directory, "hparams.json")))
+    reader = NewCheckpointReader(index.stem)
+    shapes = param_shapes(read_hparams(Path("hparams.json")))
     found = reader.get_variable_to_shape_map()
     # c_attn, c_fc and c_proj are convolutions of width 1 there, [1, n_in, n_out].
     squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
@@ -230,4 +249,4 @@ if __name__ == "__main__":
         convert(*sys.argv[1:])
     except Exception as error:  # TensorFlow has many; standard error is full of its log, so the reason goes here
         print(" ".join(str(error).split()))
-        sys.exit(1 if isinstance(error, ValueError | OSError | MemoryError) else DAMAGED)
+        sys.exit(DAMAGED if type(error).__name__ in ("OpError", "DataLossError") else 1)  # TensorFlow's, of its reader

@@ -28,6 +28,11 @@ CHUNK = 1 << 16
 RETRY = Retry(5, backoff_factor=0.5, backoff_jitter=1, status_forcelist=range(500, 600))
 LONGEST_WAIT = 120  # seconds
 VALIDATORS = ("ETag", "Last-Modified")
+REMEMBERED = (*VALIDATORS, "Content-Length", "Content-MD5")
+
+
+class WrongFileError(Exception):
+    """What has come is complete, but not what was asked for."""
 
 
 def download(
@@ -43,42 +48,42 @@ def download(
     try:
         try:
             fetch_checked(url, part, n_bytes, check)
-        except ValueError as error:
-            print(f"{url}: {error}; it is removed, and downloaded once more", file=sys.stderr)
+        except WrongFileError as error:
+            print(without_password(f"{url}: {error}; it is removed, and downloaded once more"), file=sys.stderr)
             try:
                 fetch_checked(url, part, n_bytes, check)
-            except ValueError as error:
+            except WrongFileError as error:
                 raise OSError(f"{error}, twice") from error
         publish(part, path)
         record_of(part).unlink(missing_ok=True)
-    except OSError as error:  # those of requests are of this kind too
+    except (OSError, ValueError) as error:  # those of requests are OSErrors too, but for some odd addresses
         kept = f"{size(part):,} bytes are kept, and the same command goes on from there"
         if not size(part) or not validator(part):
             drop(part)
             kept = "nothing is kept, and the same command tries again"
-        raise OSError(f"could not download {url}: {reason(error)}; {kept}") from error
+        raise OSError(without_password(f"could not download {url}: {reason(error)}; {kept}")) from error
 
 
 def fetch_checked(url: str, part: Path, n_bytes: int | None, check: Callable[[Path], object]) -> None:
-    """`fetch`; ValueError, and nothing left, if what came is not the file that was asked for."""
+    """`fetch`; WrongFileError, and nothing left, if what came is not the file that was asked for."""
     try:
         fetch(url, part, n_bytes)
-        for length in (length_of(part), n_bytes):
-            compare_lengths(size(part), length)
+        compare_lengths(size(part), n_bytes)
         md5 = read_record(part).get("Content-MD5", "")
         if len(md5) == 24 and md5 != base64.b64encode(digest(part, "md5")).decode():
-            raise ValueError("it does not have the MD5 that the server announced")
-        check(part)
-    except requests.RequestException as error:  # of which some are ValueErrors
-        raise OSError(reason(error)) from error
-    except ValueError:
+            raise WrongFileError("it does not have the MD5 that the server announced")
+        try:
+            check(part)
+        except ValueError as error:
+            raise WrongFileError(error) from error
+    except WrongFileError:
         drop(part)
         raise
 
 
 def compare_lengths(found: int | None, expected: int | None) -> None:
     if None not in (found, expected) and found != expected:
-        raise ValueError(f"it has {found:,} bytes, where {expected:,} are expected")
+        raise WrongFileError(f"it has {found:,} bytes, where {expected:,} are expected")
 
 
 def fetch(url: str, part: Path, n_bytes: int | None) -> None:
@@ -112,11 +117,11 @@ def wait(retry: Retry, response: requests.Response | None, problem: str) -> Retr
         raise OSError(problem) from None
     seconds = retry.get_backoff_time()
     if response is not None:
-        with contextlib.suppress(InvalidHeader):
+        with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # of a header that makes no sense
             seconds = retry.get_retry_after(response) or seconds
     if seconds > LONGEST_WAIT:
         raise OSError(f"{problem}; the server asks to wait {seconds:,.0f} seconds")
-    if seconds and sys.stderr.isatty():
+    if seconds and sys.stderr and sys.stderr.isatty():
         print(f"{problem}; trying again in {seconds:.0f} s", file=sys.stderr)
     time.sleep(seconds)
     return retry
@@ -133,25 +138,32 @@ def ask(part: Path) -> dict[str, str]:
 def receive(response: requests.Response, part: Path, n_bytes: int | None) -> str:
     """Append the body of `response` to `part`; what went wrong, if another try may mend it, else ""."""
     headers, status = response.headers, response.status_code
-    if (status == 206 and not continues(headers, part)) or (status == 416 and size(part)):
+    length = whole_length(headers, part) if status == 206 else None
+    if (status == 206 and length is None) or (status == 416 and size(part)):
         drop(part)
         return "the file has changed since its download began"
     response.raise_for_status()
     if status not in (200, 206):
         raise OSError(f"the server answers {status} {response.reason}")
-    if headers.get("Content-Type", "").startswith("text/html"):
+    if headers.get("Content-Type", "").lower().startswith("text/html"):
         raise OSError("the answer is a web page and not the file; perhaps this network wants you to log in first")
-    if status == 200:
+    record = {}
+    if status == 206:
+        record = read_record(part) | {"Content-Length": length}
+    else:
         drop(part)
-        encoded = headers.get("Content-Encoding", "identity") != "identity"  # then they describe something else
-        remembered = [] if encoded else [*VALIDATORS, "Content-Length", "Content-MD5"]
-        record = {name: headers[name] for name in remembered if name in headers}
-        record_of(part).write_text(json.dumps(record), encoding="utf-8")
-    length = length_of(part)
-    compare_lengths(length, n_bytes)
+        if headers.get("Content-Encoding", "identity") == "identity":  # else they describe something else
+            record = {name: headers[name] for name in REMEMBERED if name in headers}
+    record_of(part).write_text(json.dumps(record), encoding="utf-8")
+    compare_lengths(length_of(part), n_bytes)
     bar = tqdm(
-        total=length or n_bytes, initial=size(part), desc=part.stem, unit="B", unit_scale=True, disable=None
-    )  # fmt: skip
+        total=length_of(part) or n_bytes,
+        initial=size(part),
+        desc=part.stem,
+        unit="B",
+        unit_scale=True,
+        disable=None if sys.stderr else True,
+    )
     with bar, open(part, "ab") as file:
         for chunk in response.iter_content(CHUNK):
             bar.update(file.write(chunk))
@@ -159,14 +171,17 @@ def receive(response: requests.Response, part: Path, n_bytes: int | None) -> str
     return f"it ended after {size(part):,} of {size(part) + n_more:,} bytes" if n_more > 0 else ""
 
 
-def continues(headers: dict[str, str], part: Path) -> bool:
-    """Whether an answer of part of a file is what `part` lacks, and of the same file."""
+def whole_length(headers: dict[str, str], part: Path) -> str | None:
+    """Of an answer with part of a file the length of the whole; None unless that is what `part` lacks."""
     known = read_record(part)
     same = all(headers.get(name, known.get(name)) == known.get(name) for name in VALIDATORS)
     found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     if not (same and found and int(found[1]) == size(part)):
-        return False
-    return found[2] in ("*", known.get("Content-Length", found[2]))
+        return None
+    length = known.get("Content-Length")
+    if found[2] == "*":
+        return length
+    return found[2] if length in (None, found[2]) else None
 
 
 def digest(path: Path, algorithm: str) -> bytes:
@@ -177,14 +192,21 @@ def digest(path: Path, algorithm: str) -> bytes:
     return hashed.digest()
 
 
-def reason(error: OSError) -> str:
+def reason(error: Exception) -> str:
     """What `error` is about, in one line, without the layers of requests and urllib3 around it."""
     while isinstance(inner := getattr(error, "reason", None), Exception) or (
         error.args and isinstance(inner := error.args[0], Exception)
     ):
         error = inner
-    text = error.args[0] if isinstance(error, ProtocolError) else getattr(error, "strerror", None) or str(error)
-    return " ".join(text.partition(" for url")[0].split())
+    text = error.args[0] if isinstance(error, ProtocolError) else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(text.partition(" for url")[0].split())
+    return "".join(character if character.isprintable() else "?" for character in text)  # servers choose some of it
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def part_of(path: Path) -> Path:

@@ -238,4 +238,4 @@ def map_quantized(directory: Path, params: dict) -> dict:
     except OSError as error:
         print(f"{error}: int8 weights are made at every start", file=sys.stderr)
         return quantized or quantize(params)
-    return find()
+    return find() or quantized

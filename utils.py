@@ -44,7 +44,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
     n_tokens, n_vocab = len(encoder.encoder), hparams["n_vocab"]
     if n_tokens > n_vocab:
         sizes = f"encoder.json has {n_tokens} tokens, but n_vocab in hparams.json is {n_vocab}"
-        raise ValueError(f"{directory}: {sizes}; one of the two is damaged, or of another model")
+        raise ValueError(f"{directory}: {sizes}; get both again")
     shapes = param_shapes(hparams)
     weights = directory / WEIGHTS
     if not weights.is_file() or (directory / CHECKPOINT_INDEX).exists():
@@ -90,7 +90,9 @@ def read_encoder(directory: Path) -> Encoder:
     try:
         tokenizer = Encoder(encoder, merges)
     except ValueError as error:
-        raise ValueError(f"{directory}: encoder.json and vocab.bpe do not fit together: {error}") from error
+        raise ValueError(
+            f"{directory}: encoder.json and vocab.bpe do not fit together: {error}; get both again"
+        ) from error
     if len(tokenizer.bpe_ranks) < len(merges):
         raise ValueError(f"{directory / 'vocab.bpe'} is damaged: it has a merge twice; {MEND}")
     return tokenizer
@@ -143,6 +145,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # to read a pipe would wait for its other end
+        raise OSError(f"{path} cannot be read: it is not a file")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -216,7 +220,7 @@ def check_tensors(source: Path, found: dict[str, tuple], expected: dict[str, tup
     if problems:
         more = f", and {len(problems) - 3} more such" if len(problems) > 3 else ""
         problem = f"{'; '.join(sorted(problems)[:3])}{more}"
-        raise ValueError(f"{source} does not fit hparams.json: {problem}; one of the two is of another model")
+        raise ValueError(f"{source} does not fit hparams.json: {problem}; get both again")
 
 
 def map_params(path: Path, shapes: dict) -> dict:
@@ -364,6 +368,8 @@ def locked(directory: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # late: a run that finds all it needs does not lock
 
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is not a directory: remove it")
     lock = FileLock(directory / ".lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -374,7 +380,7 @@ def locked(directory: Path) -> Iterator[None]:
             lock.acquire()
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"{directory} cannot be written ({reason}), where the model's missing files belong") from error
+        raise OSError(f"{directory} cannot be written ({reason}): a file of the model is to be made there") from error
     try:
         yield
     finally:
@@ -387,5 +393,9 @@ def homes_of(directory: Path) -> list[Path]:
         return [directory]
     from platformdirs import user_cache_path
 
-    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return [directory, user_cache_path("gpt2-numpy", appauthor=False) / name]
+    name = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
+    try:
+        cache = user_cache_path("gpt2-numpy", appauthor=False)
+    except RuntimeError:  # this user has no home directory
+        return [directory]
+    return [directory, cache / name] if cache.is_absolute() else [directory]

@@ -19,6 +19,7 @@ class Answer:
     """How one request is answered; left alone, well."""
 
     status: int = 0  # other than what is right
+    reason: str | None = None  # the words beside the status
     headers: dict[str, str] = field(default_factory=dict)  # besides the usual; None leaves a usual one out
     body: bytes | None = field(default=None, repr=False)  # in place of the file's
     stop_after: int | None = None  # bytes of the body; then the connection is closed
@@ -79,7 +80,7 @@ def make_handler(server: Server) -> type:
                     status, headers["Content-Range"] = 416, f"bytes */{len(body)}"
             body = body[start:]
             headers |= {"Content-Length": str(len(body)), "Connection": "close"} | answer.headers
-            self.send_response(answer.status or status)
+            self.send_response(answer.status or status, answer.reason)
             for name, value in headers.items():
                 if value is not None:
                     self.send_header(name, value)

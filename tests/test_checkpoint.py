@@ -1,5 +1,6 @@
 """Released models: downloaded, converted and found again, in whatever state their directory is."""
 
+import json
 import os
 import shutil
 import signal
@@ -26,6 +27,36 @@ from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, lo
 TABLES = ("encoder.json", "vocab.bpe")
 ALL_FILES = {*TABLES, "hparams.json", *CHECKPOINT_FILES}
 N_DATA_BYTES = 290_304
+
+
+@pytest.fixture
+def permissions():
+    if not has_permissions():
+        pytest.skip("here the permissions of files do not hold for this user")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def start(tmp_path, *arguments):
+    command = [sys.executable, str(ROOT / "gpt2.py"), "Hello", "--n_tokens_to_generate=4", *arguments]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 # The whole path of a released model
@@ -97,6 +128,13 @@ def test_without_tensorflow_one_line_says_what_to_install(released, monkeypatch)
     with pytest.raises(ImportError, match="pip install tensorflow"):
         load_encoder_hparams_and_params(str(released / "124M"))
     assert not (released / "124M" / "model.safetensors").exists()
+
+
+def test_without_tensorflow_no_weights_are_downloaded(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"pip install tensorflow, or copy {WEIGHTS} from where it was converted"):
+        load_encoder_hparams_and_params("124M", str(tmp_path))
+    assert sorted(mirror.paths()) == ["/124M/encoder.json", "/124M/hparams.json", "/124M/vocab.bpe"]
 
 
 @pytest.mark.parametrize(
@@ -222,13 +260,68 @@ def test_a_download_that_tensorflow_finds_damaged_is_removed_and_fetched_once_mo
 
 def test_a_damaged_checkpoint_that_was_named_by_path_is_refused_and_stays(tmp_path, released):
     directory = shutil.copytree(released / "124M", tmp_path / "bad")
-    data = bytearray((directory / CHECKPOINT_DATA).read_bytes())
-    data[len(data) // 2] ^= 1
-    (directory / CHECKPOINT_DATA).write_bytes(data)
+    flip_a_bit(directory / CHECKPOINT_DATA)
+    data = (directory / CHECKPOINT_DATA).read_bytes()
     with pytest.raises(ValueError, match=rf"could not be conv.*[Cc]hecksum.*{CHECKPOINT_DATA} is damaged: get both"):
         load_encoder_hparams_and_params(str(directory))
     assert (directory / CHECKPOINT_DATA).read_bytes() == data
     assert not list(directory.glob("*safetensors*"))
+
+
+@pytest.mark.parametrize("obstacle", ["offline", "read-only"])
+def test_a_damaged_checkpoint_that_cannot_be_fetched_again_stays(mirror, tmp_path, permissions, cache, obstacle):
+    directory = tmp_path / "models" / "124M"
+    fetch(directory, [*TABLES, "hparams.json", *CHECKPOINT_FILES], N_DATA_BYTES)
+    flip_a_bit(directory / CHECKPOINT_DATA)
+    mirror.requests.clear()
+    arguments = ["--offline"] if obstacle == "offline" else []
+    if obstacle == "read-only":
+        directory.chmod(0o555)
+    result = run("gpt2.py", "Hello", *arguments, cwd=tmp_path, preexec_fn=as_any_user)
+    *_, line = result.stderr.decode().splitlines()
+    assert result.returncode == 1
+    assert f"{CHECKPOINT_INDEX} or {CHECKPOINT_DATA} is damaged: get both again" in line
+    assert {path.name for path in directory.iterdir()} == ALL_FILES | {".lock"}
+    assert mirror.requests == []
+
+
+def test_processes_that_find_a_checkpoint_damaged_fetch_it_once_more_together(mirror, tmp_path):
+    directory = tmp_path / "models" / "124M"
+    fetch(directory, [*TABLES, "hparams.json", *CHECKPOINT_FILES], N_DATA_BYTES)
+    flip_a_bit(directory / CHECKPOINT_DATA)
+    mirror.requests.clear()
+    processes = [start(tmp_path) for _ in range(3)]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, results
+    assert sorted(mirror.paths()) == [f"/124M/{CHECKPOINT_DATA}", f"/124M/{CHECKPOINT_INDEX}"]
+
+
+@pytest.mark.parametrize("failure", ["raise ImportError('another NumPy')", "raise TypeError('protobuf')", "1 / 0"])
+def test_a_broken_tensorflow_is_no_reason_to_remove_the_checkpoint(mirror, tmp_path, failure):
+    fetch(tmp_path / "models" / "124M", [*TABLES, "hparams.json", *CHECKPOINT_FILES], N_DATA_BYTES)
+    mirror.requests.clear()
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text(failure)
+    result = run("gpt2.py", "Hello", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    *_, line = result.stderr.decode().splitlines()
+    assert result.returncode == 1
+    assert "could not be converted" in line
+    assert "damaged" not in line
+    assert mirror.requests == []
+
+
+def test_the_path_of_a_model_is_no_pattern(mirror, tmp_path, tiny_params):
+    assert_same_params(load_encoder_hparams_and_params("124M", str(tmp_path / "a[x]*"))[2], tiny_params)
+
+
+def test_weights_that_do_not_fit_a_damaged_hparams_name_it(mirror, tmp_path):
+    directory = tmp_path / "124M"
+    fetch(directory, [*TABLES, "hparams.json", *CHECKPOINT_FILES], N_DATA_BYTES)
+    (directory / "hparams.json").write_text(json.dumps(TINY | {"n_layer": 3}))
+    with pytest.raises(
+        OSError, match=r"403,392 are expected, .* from .*124M/hparams.json: if that is damaged, delete it"
+    ):
+        load_encoder_hparams_and_params("124M", str(tmp_path))
 
 
 # Room
@@ -288,18 +381,6 @@ def test_the_switch_can_be_off(mirror, tmp_path, monkeypatch, value):
 
 
 # Several processes
-
-
-def start(tmp_path, *arguments):
-    command = [sys.executable, str(ROOT / "gpt2.py"), "Hello", "--n_tokens_to_generate=4", *arguments]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_processes_that_start_at_once_do_the_work_once(mirror, tmp_path):
@@ -400,18 +481,6 @@ def test_another_checkpoint_is_converted_anew_and_what_a_killed_process_left_is_
 # Directories that cannot be written, or are not what they should be
 
 
-@pytest.fixture
-def permissions():
-    if not has_permissions():
-        pytest.skip("here the permissions of files do not hold for this user")
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_a_checkpoint_that_cannot_be_written_beside_is_converted_into_the_users_cache(
     permissions, released, tmp_path, cache
 ):
@@ -424,6 +493,17 @@ def test_a_checkpoint_that_cannot_be_written_beside_is_converted_into_the_users_
     assert first.stdout == second.stdout
     assert sorted(directory.iterdir()) == before
     assert len(list(cache.glob(f"gpt2-numpy/*/{WEIGHTS}"))) == 1
+
+
+def no_home(*arguments, **options):
+    raise RuntimeError("could not determine the home directory")
+
+
+@pytest.mark.parametrize("find_cache", [no_home, lambda *arguments, **options: Path("~/.cache/gpt2-numpy")])
+def test_a_user_without_a_home_directory_has_no_cache(tmp_path, monkeypatch, find_cache):
+    monkeypatch.setattr("platformdirs.user_cache_path", find_cache)
+    monkeypatch.setattr(utils.os, "access", lambda *arguments: False)
+    assert utils.homes_of(tmp_path) == [tmp_path]
 
 
 def test_where_nothing_can_be_written_it_says_what_it_needs(permissions, released, tmp_path, cache):
@@ -484,6 +564,13 @@ def test_a_checkpoint_file_that_cannot_be_read_is_named(permissions, tmp_path, r
     result = run("gpt2.py", "x", f"--model_size={directory}", preexec_fn=as_any_user)
     (line,) = result.stderr.decode().splitlines()
     assert f"{file} cannot be read: Permission denied" in line
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_file_in_the_place_of_a_model_is_named(mirror, tmp_path, make):
+    make(tmp_path / "124M")
+    with pytest.raises(NotADirectoryError, match=r"124M is not a directory: remove it"):
+        load_encoder_hparams_and_params("124M", str(tmp_path))
 
 
 def test_models_dir_may_be_a_file(mirror, tmp_path):

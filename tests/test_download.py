@@ -1,5 +1,6 @@
 """Downloads under fault: each case is what is there before, what the server does, and what must hold after."""
 
+import gzip
 import json
 import ssl
 import sys
@@ -102,6 +103,13 @@ def test_a_connection_that_stalls_is_given_up_and_the_file_goes_on_from_there(se
     assert HALF - 2 * module.CHUNK <= int(rest.removeprefix("bytes=").removesuffix("-")) <= HALF
 
 
+def test_there_are_ten_seconds_to_connect_and_sixty_for_the_next_bytes(server, path, monkeypatch):
+    given, get = [], module.requests.get
+    monkeypatch.setattr(module.requests, "get", lambda url, **options: (given.append(options), get(url, **options))[1])
+    download(f"{server.url}/file", path)
+    assert [options["timeout"] for options in given] == [(10, 60)]
+
+
 def test_as_long_as_bytes_arrive_it_goes_on(server, path, waits):
     steps = range(100_000, N, 100_000)
     server.answers = [Answer(stop_after=100_000) for _ in steps]
@@ -132,6 +140,25 @@ def test_where_the_server_knows_no_ranges_it_starts_over(server, path, waits):
     download(f"{server.url}/file", path, N)
     assert path.read_bytes() == BODY
     assert server.ranges() == [None, f"bytes={HALF}-"]
+
+
+def test_where_nothing_says_how_long_the_file_is_it_starts_over(server, path, waits):
+    """Else an answer with less than the rest would look like the rest."""
+    begin(path)
+    write_record(path, json.dumps(server.validators(BODY)))
+    headers = {"Content-Range": f"bytes {HALF}-{HALF + 9}/*", "Content-Length": "10"}
+    server.answers = [Answer(headers=headers, stop_after=10)]
+    download(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+    assert server.ranges() == [f"bytes={HALF}-", None]
+
+
+def test_a_file_that_comes_compressed_is_the_file(server, path, waits):
+    server.answers = [Answer(body=gzip.compress(BODY), headers={"Content-Encoding": "gzip", **md5_header(b"x")})]
+    download(f"{server.url}/file", path, N)
+    assert path.read_bytes() == BODY
+    assert len(server.requests) == 1
+    assert server.requests[0][1]["Accept-Encoding"] == "identity"
 
 
 # Going on where an earlier command ended
@@ -235,7 +262,7 @@ def test_the_bar_starts_where_the_file_stands(server, path, monkeypatch):
         (Answer(status=503, headers={"Retry-After": "100000"}), "503.*asks to wait 21,600|100,000", 1),
         (Answer(stop_after=0), "IncompleteRead|ended after 0", 6),
         (Answer(body=BODY[:10]), "it has 10 bytes, where 2,560,000 are expected, twice", 2),
-        (Answer(headers={"Content-Type": "text/html; charset=utf-8"}), "web page.*log in", 1),
+        (Answer(headers={"Content-Type": "Text/HTML; charset=utf-8"}), "web page.*log in", 1),
         (Answer(status=302, headers={"Location": "/file"}), "redirects", 31),
         (
             Answer(body=BODY + b"x", headers={"Content-Length": None}),
@@ -309,6 +336,32 @@ def test_a_certificate_that_cannot_be_trusted_is_refused_at_once(path, waits, mo
     assert waits == []
 
 
+@pytest.mark.parametrize("location", ["http://[::1", "http://.invalid./x", f"http://{'a' * 64}.invalid/", "ftp://x/y"])
+def test_a_redirect_to_no_address_is_refused_and_what_is_there_is_kept(server, path, waits, location):
+    begin(path)
+    server.answers = [Answer(status=302, headers={"Location": location})] * 6
+    with pytest.raises(OSError, match=f"{HALF:,} bytes are kept") as raised:
+        download(f"{server.url}/file", path, N)
+    assert "twice" not in str(raised.value)
+
+
+def test_neither_passwords_nor_terminal_escapes_are_printed(server, path, waits, capsys):
+    url = server.url.replace("//", "//user:s3cret@") + "/file"
+    server.answers = [Answer(body=OTHER, headers=md5_header(BODY)), Answer(status=404, reason="\x1b[31mred\x07")]
+    with pytest.raises(OSError, match="404") as raised:
+        download(url, path)
+    shown = str(raised.value) + capsys.readouterr().err.strip()
+    assert "s3cret" not in shown
+    assert shown.isprintable()
+
+
+def test_a_process_without_standard_error_downloads_too(server, path, waits, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    server.answers = [Answer(status=503, headers={"Retry-After": "1"})]
+    download(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+
+
 # Verified before it is believed
 
 
@@ -361,7 +414,12 @@ def test_waits_grow_and_differ(waits):
     assert first[1:] != second[1:]
 
 
-@pytest.mark.parametrize(("retry_after", "seconds"), [("7", 7), ("0", 0), ("soon", 0)])
+ODD_DATE = "Mon, 01 Jan 99999999999 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"), [("7", 7), ("0", 0), ("soon", 0), (ODD_DATE, 0), ("9" * 5000, 0), ("-1", 0)]
+)
 def test_the_server_may_say_how_long(server, path, waits, retry_after, seconds):
     server.answers = [Answer(status=503, headers={"Retry-After": retry_after})]
     download(f"{server.url}/file", path)

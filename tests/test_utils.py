@@ -128,8 +128,14 @@ def link_to_itself(path):
     path.symlink_to(path)
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 STATES = [cut, cut_at_a_line, empty, garbage, nested, wrong_json, missing, too_long]
 STATES += [directory_instead, dangling_link, link_to_itself]
+STATES += [pipe] if hasattr(os, "mkfifo") else []
 
 
 @pytest.mark.parametrize("state", STATES)
