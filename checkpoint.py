@@ -15,21 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
+from files import homes_of, locked, replacing, sweep
 from utils import (
     CHECKPOINT_INDEX,
     WEIGHTS,
     check_tensors,
     flatten,
-    homes_of,
-    locked,
     map_leaves,
     map_tensors,
     param_shapes,
     read_hparams,
     read_merges,
     read_vocabulary,
-    replacing,
-    sweep,
     tensor_name,
     write_tensors,
 )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ProtocolError
 from urllib3.util import Retry
 
-from utils import publish
+from files import publish
 
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 CHUNK = 1 << 16

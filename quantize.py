@@ -22,7 +22,8 @@ try:
 except ImportError as error:
     raise ImportError(f"int8 needs Numba: pip install -r requirements-fast.txt ({error})") from error
 
-from utils import WEIGHTS, flatten, homes_of, locked, map_leaves, map_tensors, save_tensors, sweep, tensor_name
+from files import homes_of, locked, sweep
+from utils import WEIGHTS, flatten, map_leaves, map_tensors, save_tensors, tensor_name
 
 INT8_WEIGHTS = "model.int8.safetensors"
 MOST_ROWS = 48  # of x, for which `multiply` is faster than to make float32 of w and have BLAS multiply

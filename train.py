@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from backprop import gpt2_loss
 from encoder import END_OF_TEXT, Encoder, get_encoder, train_bpe
+from files import replacing, sweep
 from gpt2 import generate
 from prefill import n_blas_threads
 from sampling import check_count, sample
@@ -41,11 +42,9 @@ from utils import (
     param_shapes,
     read_encoder,
     read_hparams,
-    replacing,
     save_model,
     save_params,
     save_tensors,
-    sweep,
     tensor_name,
 )
 

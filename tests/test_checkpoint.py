@@ -21,8 +21,9 @@ import download
 import utils
 from checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, fetch, find_weights, identify, is_current
 from faulty_server import Answer
+from files import homes_of, locked
 from helpers import ROOT, TINY, as_any_user, assert_same_params, has_permissions, run, write_checkpoint, write_model
-from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, locked, map_tensors, save_tensors
+from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, map_tensors, save_tensors
 
 TABLES = ("encoder.json", "vocab.bpe")
 ALL_FILES = {*TABLES, "hparams.json", *CHECKPOINT_FILES}
@@ -502,8 +503,8 @@ def no_home(*arguments, **options):
 @pytest.mark.parametrize("find_cache", [no_home, lambda *arguments, **options: Path("~/.cache/gpt2-numpy")])
 def test_a_user_without_a_home_directory_has_no_cache(tmp_path, monkeypatch, find_cache):
     monkeypatch.setattr("platformdirs.user_cache_path", find_cache)
-    monkeypatch.setattr(utils.os, "access", lambda *arguments: False)
-    assert utils.homes_of(tmp_path) == [tmp_path]
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    assert homes_of(tmp_path) == [tmp_path]
 
 
 def test_where_nothing_can_be_written_it_says_what_it_needs(permissions, released, tmp_path, cache):

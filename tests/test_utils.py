@@ -19,7 +19,6 @@ from utils import (
     load_encoder_hparams_and_params,
     map_tensors,
     param_shapes,
-    replacing,
     save_tensors,
     tensor_name,
 )
@@ -390,20 +389,3 @@ def test_an_unknown_model_is_refused_with_a_list_of_the_known(tmp_path, monkeypa
     with pytest.raises(FileNotFoundError, match=r"124M, 355M, 774M, 1558M.* models in models: bundled, mine;"):
         find_model(name)
     assert {path.name for path in tmp_path.iterdir()} == {"code", "models"}, "and nothing is made"
-
-
-# Writing
-
-
-def test_a_file_that_is_replaced_is_whole_or_untouched(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old"
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
