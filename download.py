@@ -46,14 +46,14 @@ def download(
     """
     part = part_of(path)
     try:
-        try:
-            fetch_checked(url, part, n_bytes, check)
-        except WrongFileError as error:
-            print(without_password(f"{url}: {error}; it is removed, and downloaded once more"), file=sys.stderr)
+        for last in (False, True):
             try:
                 fetch_checked(url, part, n_bytes, check)
+                break
             except WrongFileError as error:
-                raise OSError(f"{error}, twice") from error
+                if last:
+                    raise OSError(f"{error}, twice") from error
+                print(without_password(f"{url}: {error}; it is removed, and downloaded once more"), file=sys.stderr)
         publish(part, path)
         record_of(part).unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # those of requests are OSErrors too, but for some odd addresses
@@ -89,7 +89,7 @@ def compare_lengths(found: int | None, expected: int | None) -> None:
 def fetch(url: str, part: Path, n_bytes: int | None) -> None:
     """Complete `part`, however often the connection breaks; as long as bytes arrive, the tries are not counted."""
     retry, most = RETRY, size(part)
-    while not part.is_file() or n_missing(part, None) != 0:
+    while not part.is_file() or size(part) != length_of(part):
         response = None
         try:
             with requests.get(url, stream=True, timeout=TIMEOUT, headers=ask(part)) as response:
@@ -138,8 +138,8 @@ def ask(part: Path) -> dict[str, str]:
 def receive(response: requests.Response, part: Path, n_bytes: int | None) -> str:
     """Append the body of `response` to `part`; what went wrong, if another try may mend it, else ""."""
     headers, status = response.headers, response.status_code
-    length = whole_length(headers, part) if status == 206 else None
-    if (status == 206 and length is None) or (status == 416 and size(part)):
+    whole = whole_length(headers, part) if status == 206 else None
+    if (status == 206 and whole is None) or (status == 416 and size(part)):
         drop(part)
         return "the file has changed since its download began"
     response.raise_for_status()
@@ -149,15 +149,16 @@ def receive(response: requests.Response, part: Path, n_bytes: int | None) -> str
         raise OSError("the answer is a web page and not the file; perhaps this network wants you to log in first")
     record = {}
     if status == 206:
-        record = read_record(part) | {"Content-Length": length}
+        record = read_record(part) | {"Content-Length": whole}
     else:
         drop(part)
         if headers.get("Content-Encoding", "identity") == "identity":  # else they describe something else
             record = {name: headers[name] for name in REMEMBERED if name in headers}
     record_of(part).write_text(json.dumps(record), encoding="utf-8")
     compare_lengths(length_of(part), n_bytes)
+    length = n_bytes if length_of(part) is None else length_of(part)
     bar = tqdm(
-        total=length_of(part) or n_bytes,
+        total=length,
         initial=size(part),
         desc=part.stem,
         unit="B",
@@ -167,8 +168,9 @@ def receive(response: requests.Response, part: Path, n_bytes: int | None) -> str
     with bar, open(part, "ab") as file:
         for chunk in response.iter_content(CHUNK):
             bar.update(file.write(chunk))
-    n_more = n_missing(part, n_bytes) or 0
-    return f"it ended after {size(part):,} of {size(part) + n_more:,} bytes" if n_more > 0 else ""
+    if length is not None and size(part) < length:
+        return f"it ended after {size(part):,} of {length:,} bytes"
+    return ""
 
 
 def whole_length(headers: dict[str, str], part: Path) -> str | None:
@@ -236,12 +238,6 @@ def length_of(part: Path) -> int | None:
     """The length that the server announced for the whole file."""
     length = read_record(part).get("Content-Length", "")
     return int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-
-
-def n_missing(part: Path, n_bytes: int | None) -> int | None:
-    """How many bytes `part` lacks, if the server or `n_bytes` says how long the file is."""
-    length = n_bytes if length_of(part) is None else length_of(part)
-    return None if length is None else length - size(part)
 
 
 def size(path: Path) -> int:

@@ -4,7 +4,16 @@ from hypothesis import settings
 from checkpoint import checkpoint_name
 from encoder import Encoder
 from faulty_server import faulty_server
-from helpers import BUNDLED, DATA_PLACES, TINY, random_params, tiny_tables, write_checkpoint, write_model
+from helpers import (
+    BUNDLED,
+    DATA_PLACES,
+    TINY,
+    has_permissions,
+    random_params,
+    tiny_tables,
+    write_checkpoint,
+    write_model,
+)
 from utils import flatten, load_encoder_hparams_and_params, read_encoder
 
 settings.register_profile("noisy machines", deadline=None)
@@ -65,3 +74,10 @@ def mirror(released, monkeypatch):
         monkeypatch.setenv("GPT2_BASE_URL", server.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
+
+
+@pytest.fixture
+def permissions():
+    """For tests whose children run with `as_any_user`."""
+    if not has_permissions():
+        pytest.skip("here the permissions of files do not hold for this user")

@@ -22,18 +22,12 @@ import utils
 from checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, fetch, find_weights, identify, is_current
 from faulty_server import Answer
 from files import homes_of, locked
-from helpers import ROOT, TINY, as_any_user, assert_same_params, has_permissions, run, write_checkpoint, write_model
+from helpers import ROOT, TINY, as_any_user, assert_same_params, run, write_checkpoint, write_model
 from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, map_tensors, save_tensors
 
 TABLES = ("encoder.json", "vocab.bpe")
 ALL_FILES = {*TABLES, "hparams.json", *CHECKPOINT_FILES}
 N_DATA_BYTES = 290_304
-
-
-@pytest.fixture
-def permissions():
-    if not has_permissions():
-        pytest.skip("here the permissions of files do not hold for this user")
 
 
 @pytest.fixture

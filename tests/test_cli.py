@@ -394,6 +394,18 @@ def test_ctrl_c_ends_with_what_was_printed_a_newline_and_status_130(tiny_model):
 
 
 @posix
+def test_ctrl_c_while_numpy_is_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = run(
+        "gpt2.py",
+        "x",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@posix
 @pytest.mark.parametrize(
     ("redirection", "status", "errors"),
     [

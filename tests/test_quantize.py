@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt2 import generate, gpt2, new_cache
-from helpers import BUNDLED, TINY, as_any_user, has_permissions, random_params, run, write_model
+from helpers import BUNDLED, TINY, as_any_user, random_params, run, write_model
 from test_shakespeare import HELD_OUT_LOSS, PARAGRAPH, PARAGRAPH_LOSS, nats_per_character, shakespeare_text
 from utils import load_encoder_hparams_and_params
 
@@ -215,9 +215,7 @@ def test_what_another_process_makes_meanwhile_is_taken(tiny, monkeypatch):
     assert_same(map_quantized(directory, params), expected)
 
 
-def test_in_a_read_only_directory_the_file_goes_to_the_users_cache(tmp_path, monkeypatch):
-    if not has_permissions():
-        pytest.skip("here the permissions of files do not hold for this user")
+def test_in_a_read_only_directory_the_file_goes_to_the_users_cache(permissions, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
     model = write_model(tmp_path / "mine")

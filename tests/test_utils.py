@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import utils
 from gpt2 import gpt2
-from helpers import TINY, as_any_user, assert_same_params, has_permissions, run, write_model, write_tables
+from helpers import TINY, as_any_user, assert_same_params, run, write_model, write_tables
 from utils import (
     BLOCK,
     count_bytes,
@@ -150,9 +150,7 @@ def test_a_file_in_any_other_state_is_refused_by_name(tmp_path, file, state):
 
 
 @pytest.mark.parametrize("file", ["encoder.json", "vocab.bpe", "hparams.json", "model.safetensors"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, file):
-    if not has_permissions():
-        pytest.skip("here the permissions of files do not hold for this user")
+def test_a_file_that_cannot_be_read_is_named(permissions, tmp_path, file):
     directory = write_model(tmp_path / "bad")
     (directory / file).chmod(0)
     result = run("gpt2.py", "x", f"--model_size={directory}", preexec_fn=as_any_user)
