@@ -95,6 +95,22 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
     return [f"{flag}={value}" for flag, value in (values | dict(zip(wanted, texts, strict=True))).items()]
 
 
+def choose(verbs: dict[str, Callable]) -> Callable:
+    """The function of `verbs` that the first argument names, which from then on is part of the script's name."""
+    lines = [f"    python {script()} {verb:<12}{inspect.getdoc(main).splitlines()[0]}" for verb, main in verbs.items()]
+    overview = "\n".join(["usage, each with its own --help:", *lines])
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb in HELP:
+        print(overview, flush=True)
+        sys.exit()
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs)
+        guess = f": did you mean {near[0]}?" if near else f", but one of {', '.join(verbs)} comes first"
+        sys.exit(f"{script()}: {f'there is no {verb!r}' if verb else 'what to do is missing'}{guess}\n{overview}")
+    sys.argv[:2] = [f"{sys.argv[0]} {verb}"]
+    return verbs[verb]
+
+
 def number(text: str) -> int | float | str | None:
     """`text` as a number, or None; what is neither stays text, for `main` to refuse."""
     for kind in (int, float):
@@ -113,8 +129,8 @@ def finish(status: int | str, last: str = "") -> NoReturn:
     sys.exit(status)
 
 
-def run(main: Callable) -> None:
-    """Call `main` with the arguments of the command line and end the process.
+def run(main: Callable | dict[str, Callable]) -> None:
+    """Call `main`, or of several functions the one that is named first, with the command line, and end the process.
 
     The status is 0, 1 after one line on standard error for what the user can mend, 130 after Ctrl-C. Parameters of
     `main` without a default are its texts, in order; the others are flags, and its docstring is the help.
@@ -126,6 +142,8 @@ def run(main: Callable) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
+    if isinstance(main, dict):
+        main = choose(main)
     kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
     parsers = {name: str if kind in (str, str | None) else number for name, kind in kinds.items()}
     try:
@@ -137,6 +155,17 @@ def run(main: Callable) -> None:
         finish(141)
     except (ValueError, OSError, ImportError, MemoryError, ArithmeticError) as error:
         finish(f"{script()}: {str(error) or 'not enough memory'}")
+
+
+def prompt_ids(prompt: str, encoder: Encoder) -> list[int]:
+    """The token ids of a prompt: of `-` those of standard input, of an empty text the <|endoftext|> to start from."""
+    if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("there is no prompt to read: standard input is closed")
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if not prompt and encoder.eot_id is None:
+        raise ValueError("the prompt is empty, and this model has no <|endoftext|> to start from")
+    return encoder.encode(prompt) or [encoder.eot_id]
 
 
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:

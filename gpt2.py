@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import signal
-import sys
 from collections.abc import Iterator
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -286,7 +285,7 @@ def main(
         raise ValueError("stop must not be empty")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize must be int8, not {quantize!r}")
-    from cli import print_samples  # late, these: who imports the model needs none of them
+    from cli import print_samples, prompt_ids  # late, these: who imports the model needs none of them
     from utils import find_model, load_encoder_hparams_and_params
 
     if quantize:
@@ -294,16 +293,10 @@ def main(
 
     if offline:
         os.environ["GPT2_OFFLINE"] = "1"
-    if prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("there is no prompt to read: standard input is closed")
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     if quantize:
         params = map_quantized(find_model(model_size, models_dir), params)
-    if not prompt and encoder.eot_id is None:
-        raise ValueError("the prompt is empty, and this model has no <|endoftext|> to start from")
-    inputs = encoder.encode(prompt) or [encoder.eot_id]
+    inputs = prompt_ids(prompt, encoder)
     eot_id = None if ignore_eot else encoder.eot_id
     options = (temperature, top_k, top_p, seed, eot_id, len(encoder.encoder), n_samples)
     steps = stream(inputs, params, hparams["n_head"], n_tokens_to_generate, *options)
