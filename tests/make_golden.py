@@ -1,4 +1,4 @@
-"""Make tests/golden.npz: logits and a gradient of transformers' GPT2LMHeadModel, for where PyTorch is not installed.
+"""Make tests/golden.npz: what transformers' GPT2LMHeadModel computes, for where PyTorch is not installed.
 
     python tests/make_golden.py        # needs requirements-reference.txt
 
@@ -48,6 +48,7 @@ CASES = [
     Case(3, 192, 4, 1024, 1000),
     Case(2, 768, 12, 128, 100),
 ]
+TRACED = Case(2, 48, 3, 16, 10)  # a case of which all that happens inside is kept
 GRADIENT_HPARAMS = {"n_vocab": 60, "n_ctx": 12, "n_embd": 16, "n_head": 4, "n_layer": 2}
 
 
@@ -74,6 +75,30 @@ def reference_model(hparams: dict, params: dict):
     model.transformer.load_state_dict(tensors)
     model.tie_weights()
     return model
+
+
+def reference_trace(case: Case, params: dict) -> dict[str, np.ndarray]:
+    """What a model computes on the way to its logits, by the names of lens.py."""
+    import torch
+
+    model = reference_model(case.hparams, params)
+    model.set_attn_implementation("eager")  # others do not return the weights
+    found = {"mha": [], "ffn": [], "activations": []}
+    for block in model.transformer.h:
+        block.attn.register_forward_hook(lambda module, inputs, output: found["mha"].append(output[0]))
+        block.mlp.register_forward_hook(lambda module, inputs, output: found["ffn"].append(output))
+        block.mlp.act.register_forward_hook(lambda module, inputs, output: found["activations"].append(output))
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: found.update(last=inputs[0]))
+    with torch.no_grad():
+        output = model(torch.tensor(inputs_of(case))[None], output_hidden_states=True, output_attentions=True)
+    *residual, hidden_states = output.hidden_states
+    return {
+        **{name: torch.stack(found[name])[:, 0].numpy() for name in ("mha", "ffn", "activations")},
+        "attention": torch.stack(output.attentions)[:, 0].numpy(),
+        "residual": torch.stack([*residual, found["last"]])[:, 0].numpy(),
+        "hidden_states": hidden_states[0].numpy(),
+        "logits": output.logits[0].numpy(),
+    }
 
 
 def gradient_inputs() -> tuple[dict, np.ndarray]:
@@ -106,10 +131,12 @@ def main() -> None:
         model = reference_model(case.hparams, random_params(case.hparams, case.seed))
         with torch.no_grad():
             logits[str(case)] = model(torch.tensor(inputs_of(case))[None]).logits[0].numpy()[case.positions]
+    trace = reference_trace(TRACED, random_params(TRACED.hparams, TRACED.seed))
     loss, grads = reference_gradient(GRADIENT_HPARAMS, *gradient_inputs())
     names = flatten(gradient_inputs()[0], tensor_name)  # in the order of the parameters
     gradient = np.concatenate([grads[name].ravel() for name in names])
-    np.savez_compressed(PATH, **logits, **{"gradient": gradient, "gradient-loss": loss})
+    traced = {f"trace-{name}": array for name, array in trace.items()}
+    np.savez_compressed(PATH, **logits, **traced, **{"gradient": gradient, "gradient-loss": loss})
 
 
 if __name__ == "__main__":
