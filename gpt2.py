@@ -178,7 +178,8 @@ def gpt2(
 def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None = None) -> dict:
     """An empty KV cache: room for the keys and values of n_positions, of one sequence or of n_batch.
 
-    `n_past` counts the positions it holds; `kv` is [n_layer, (n_batch,) n_head, 2, n_positions, n_embd/n_head].
+    `n_past` counts the positions it holds, and may be set back to forget the last ones; `kv` is [n_layer, (n_batch,)
+    n_head, 2, n_positions, n_embd/n_head].
     """
     n_ctx, n_embd = params["wpe"].shape
     check_count("n_positions", n_positions, least=1)

@@ -15,9 +15,10 @@ from encoder import Encoder
 from gpt2 import causal_attention, check_ids, gelu, gpt2, hidden_states, layer_norm, linear, matmul, split_heads
 from pictures import (
     attention_figure,
+    check_out,
+    check_picture,
     colour_console,
     logit_lens_figure,
-    need_matplotlib,
     print_surprise,
     print_table,
     save_figure,
@@ -98,7 +99,7 @@ def logit_lens(trace: dict[str, Array], params: dict) -> dict[str, Array]:
     for x in trace["residual"]:
         logits = matmul(layer_norm(x, **params["ln_f"]), params["wte"].T)  # -> [..., n_seq, n_vocab]
         ids.append(logits.argmax(axis=-1))
-        probabilities.append(to_probabilities(logits).max(axis=-1))
+        probabilities.append(np.exp(logits.max(axis=-1) - log_sum_exp(logits)))
         ranks.append(1 + (logits > np.take_along_axis(logits, answers, axis=-1)).sum(axis=-1))
     return {"ids": np.stack(ids), "probabilities": np.stack(probabilities), "ranks": np.stack(ranks)}
 
@@ -107,11 +108,13 @@ def surprisal(inputs: Array, logits: Array) -> Array:
     """-log2 of the probability of each token but the first, in bits.
 
     [..., n_seq], [..., n_seq, n_vocab] -> [..., n_seq - 1]: element i is of the token at position i + 1, which the
-    logits of position i predict. Nothing predicts the first.
+    logits of position i predict. Nothing predicts the first. Raises ValueError where ids and logits do not fit.
     """
-    ids = np.asarray(inputs)[..., 1:, None]
+    ids = check_ids(inputs, logits.shape[-1], logits.shape[-2])
+    if ids.shape != logits.shape[:-1]:
+        raise ValueError(f"the inputs have the shape {ids.shape}, and the logits are of inputs of {logits.shape[:-1]}")
     logits = logits[..., :-1, :]
-    return (log_sum_exp(logits) - np.take_along_axis(logits, ids, axis=-1)[..., 0]) / math.log(2)
+    return (log_sum_exp(logits) - np.take_along_axis(logits, ids[..., 1:, None], axis=-1)[..., 0]) / math.log(2)
 
 
 def log_sum_exp(x: Array) -> Array:
@@ -132,16 +135,20 @@ def attribution(
     ln_f_bias  [...]
 
     Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"): with its scale
-    frozen at what it is here, ln_f is linear, and so is all from the residual stream to the logit.
+    frozen at what it is here, ln_f is linear, and so is all from the residual stream to the logit. Raises ValueError
+    for a position or token that is not there.
     """
+    n_seq, n_vocab = trace["logits"].shape[-2:]
+    check_index("position", position, n_seq, first=-n_seq)
+    ids = trace["logits"][..., position, :].argmax(axis=-1) if token is None else np.asarray(token)
+    check_ids(np.atleast_1d(ids), n_vocab, ids.size)
     x = trace["residual"][-1][..., position, :].astype(np.float64)  # [..., n_embd]
-    ids = trace["logits"][..., position, :].argmax(axis=-1) if token is None else token
-    scale = params["ln_f"]["g"] / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    scale = params["ln_f"]["g"] / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)  # layer_norm's eps
     direction = params["wte"][ids] * scale  # [..., n_embd]
     direction -= direction.mean(axis=-1, keepdims=True)  # so that the mean, which ln_f takes from x, adds nothing
 
-    def part(x: Array) -> Array:
-        return (x * direction).sum(axis=-1)
+    def part(contribution: Array) -> Array:
+        return (contribution * direction).sum(axis=-1)
 
     heads = trace["heads"][..., position, :]  # [n_layer, ..., n_head, n_embd/n_head]
     n_head = heads.shape[-2]
@@ -163,10 +170,13 @@ def ablate(params: dict, layer: int, head: int, n_head: int) -> dict:
     """The same model without one head: `params`, of which only that layer's `c_proj` is new, with zeros for the head.
 
     The weights do not tell n_head, so that it is needed here as everywhere. Raises ValueError for a layer or head that
-    does not exist.
+    does not exist, and for an n_head that no model of this width can have.
     """
     check_index("layer", layer, len(params["blocks"]))
     check_index("head", head, n_head)
+    n_embd = params["wpe"].shape[1]
+    if n_embd % n_head:
+        raise ValueError(f"n_head = {n_head} does not divide the model's n_embd = {n_embd}")
     blocks = list(params["blocks"])
     attn = blocks[layer]["attn"]
     w = np.array(attn["c_proj"]["w"])  # a copy that can be written to; of int8 weights, in float32
@@ -175,10 +185,15 @@ def ablate(params: dict, layer: int, head: int, n_head: int) -> dict:
     return {**params, "blocks": blocks}
 
 
-def check_index(name: str, value: int, n: int) -> None:
-    """Raise ValueError, with the range, unless `value` is one of 0 to n - 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < n:
-        raise ValueError(f"{name} must be from 0 to {n - 1}, not {value!r}")
+def check_index(name: str, value: int, n: int, first: int = 0) -> None:
+    """Raise ValueError, with the range, unless `value` is a whole number from `first` to n - 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not first <= value < n:
+        raise ValueError(f"{name} must be from {first} to {n - 1}, not {value!r}")
+
+
+def name_of(model_size: str) -> str:
+    """What pictures call a model: its name, or that of its directory."""
+    return Path(model_size).resolve().name
 
 
 def look(prompt: str, model_size: str, models_dir: str) -> tuple[Encoder, list[int], dict, int]:
@@ -208,8 +223,8 @@ def show_next(prompt: str, k: int = 10, model_size: str = "124M", models_dir: st
     states = hidden_states(ids, **params, n_head=n_head)
     likeliest = next_tokens(check_logits(matmul(states[-1:], params["wte"].T)[0]), k)
     labels = token_labels(likeliest[0], encoder)
-    rows = [(f"{p:.2%}", str(i), label, "█" * round(40 * p)) for i, p, label in zip(*likeliest, labels, strict=True)]
-    print_table({"probability": "right", "id": "right", "token": "left", "": "left"}, rows)
+    rows = [(f"{p:.2%}", "█" * round(40 * p), str(i), label) for i, p, label in zip(*likeliest, labels, strict=True)]
+    print_table({"probability": "right", "": "left", "id": "right", "token": "left"}, rows)
 
 
 def show_attention(
@@ -224,23 +239,26 @@ def show_attention(
     --model_size 124M     the model: a released one, a name in models_dir, or a directory
     --models_dir models   where the models are
     """
-    if out:
-        need_matplotlib()  # before the work
+    if out is not None:
+        check_picture(out)
     encoder, ids, params, n_head = look(prompt, model_size, models_dir)
     check_index("layer", layer, len(params["blocks"]))
     if head is not None:
         check_index("head", head, n_head)
     heads = range(n_head) if head is None else [head]
-    weights = trace(ids, params, n_head)["attention"][layer, heads]  # [n_maps, n_seq, n_seq]
+    traced = trace(ids, params, n_head)
+    check_logits(traced["logits"])
+    weights = traced["attention"][layer, heads]  # [n_maps, n_seq, n_seq]
     labels = token_labels(ids, encoder)
-    if out:
-        title = f"{Path(model_size).name}, layer {layer}, {'all heads' if head is None else f'head {head}'}"
+    if out is not None:
+        title = f"{name_of(model_size)}, layer {layer}, {'all heads' if head is None else f'head {head}'}"
         save_figure(attention_figure(weights, labels, title, heads), out)
         return
     strongest = np.argsort(-weights[:, -1], axis=-1, kind="stable")[:, :3]
-    cells = [[f"{labels[j]} {w[-1, j]:.1%}" for j in row] for w, row in zip(weights, strongest, strict=True)]
+    cells = [[f"{labels[j]}@{j} {w[-1, j]:.1%}" for j in row] for w, row in zip(weights, strongest, strict=True)]
     rows = [(str(n), "   ".join(row)) for n, row in zip(heads, cells, strict=True)]
-    print_table({"head": "right", f"where {labels[-1]}, the last token, attends most": "left"}, rows)
+    last = f"{labels[-1]}@{len(ids) - 1}"
+    print_table({"head": "right", f"where {last}, the last token, attends most (token@position weight)": "left"}, rows)
 
 
 def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M", models_dir: str = "models") -> None:
@@ -250,15 +268,15 @@ def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M
     --model_size 124M     the model: a released one, a name in models_dir, or a directory
     --models_dir models   where the models are
     """
-    if out:
-        need_matplotlib()
+    if out is not None:
+        check_picture(out)
     encoder, ids, params, n_head = look(prompt, model_size, models_dir)
     traced = trace(ids, params, n_head)
     check_logits(traced["logits"])
     lens = logit_lens(traced, params)
     predictions = np.reshape(token_labels(lens["ids"].flat, encoder), lens["ids"].shape)
-    if out:
-        title = f"logit lens, {Path(model_size).name}"
+    if out is not None:
+        title = f"logit lens, {name_of(model_size)}"
         save_figure(logit_lens_figure(lens, token_labels(ids, encoder), predictions, title), out)
         return
     names = ["embedding", *(f"after block {i}" for i in range(len(params["blocks"])))]
@@ -287,7 +305,7 @@ def show_surprisal(prompt: str, model_size: str = "124M", models_dir: str = "mod
     expected = token_labels(logits.argmax(axis=-1), encoder)
     rows = [(str(i + 1), f"{bits[i]:.2f}", labels[i + 1], expected[i]) for i in shown]
     print_table({"position": "right", "bits": "right", "token": "left", "the likeliest was": "left"}, rows)
-    print(f"\n{len(bits)} tokens, {bits.mean():.2f} bits each on average, perplexity {2 ** bits.mean():.1f}")
+    print(f"\n{bits.mean():.2f} bits a token on average, perplexity {2 ** bits.mean():.1f}")
 
 
 def packed(array: Array, dtype: str) -> str:
@@ -310,9 +328,9 @@ def report_data(ids: list[int], params: dict, n_head: int, encoder: Encoder) -> 
     traced = trace(ids, params, n_head)
     logits = check_logits(traced["logits"])
     lens = logit_lens(traced, params)
-    likeliest, _ = next_tokens(logits, N_LIKELIEST)  # [n_seq, N_LIKELIEST]
-    ordered = -np.sort(-logits, axis=-1)
-    below_best = ordered - ordered[:, :1]
+    ordered, _ = next_tokens(logits, logits.shape[1])  # all ids, the likeliest first
+    likeliest = ordered[:, :N_LIKELIEST]
+    below_best = np.take_along_axis(logits, ordered, axis=-1) - logits.max(axis=-1, keepdims=True)
     rest = [log_sum_exp(below_best[:, N_LIKELIEST:] / np.float32(t)) for t in TEMPERATURES]
     past = np.tril(np.ones((n_seq, n_seq), bool))
     shown = np.unique([*likeliest.flat, *lens["ids"].flat, *ids])
@@ -326,6 +344,7 @@ def report_data(ids: list[int], params: dict, n_head: int, encoder: Encoder) -> 
         "ranks": (1 + (logits[:-1] > own).sum(axis=-1)).tolist(),
         "n_vocab": logits.shape[1],
         "likeliest": packed(likeliest, "<u4"),
+        "temperatures": TEMPERATURES.tolist(),
         "below_best": packed(below_best[:, :N_LIKELIEST], "<f4"),
         "rest": packed(np.transpose(rest), "<f4"),
         "lens": {name: values.tolist() for name, values in lens.items()},
@@ -340,8 +359,9 @@ def write_report(prompt: str, out: str = "report.html", model_size: str = "124M"
     --model_size 124M     the model: a released one, a name in models_dir, or a directory
     --models_dir models   where the models are
     """
+    check_out(out)
     encoder, ids, params, n_head = look(prompt, model_size, models_dir)
-    save_page({"model": Path(model_size).name, **report_data(ids, params, n_head, encoder)}, out)
+    save_page({"model": name_of(model_size), **report_data(ids, params, n_head, encoder)}, out)
 
 
 if __name__ == "__main__":

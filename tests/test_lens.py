@@ -196,6 +196,13 @@ def test_surprisal_is_minus_log2_of_each_tokens_probability(traced, ids):
     np.testing.assert_allclose(bits, [-math.log2(probabilities[i, ids[i + 1]]) for i in range(len(ids) - 1)])
 
 
+@pytest.mark.parametrize("ids", [[1, 2], [1, 2, 3, 4], [1, 2, -1], [1, 2, N_VOCAB], [[1, 2, 3]], "abc"])
+def test_ids_and_logits_that_do_not_fit_have_no_surprisal(tiny_params, ids):
+    logits = gpt2([1, 2, 3], **tiny_params, n_head=N_HEAD)
+    with pytest.raises(ValueError, match=r"^(token ids must|the input)"):
+        surprisal(ids, logits)
+
+
 def test_surprisal_of_the_impossible_is_finite_and_of_one_token_empty():
     logits = np.array([[0, 3e4], [0, 0]], dtype=np.float32)
     assert surprisal([0, 0], logits) == pytest.approx([3e4 / math.log(2)])
@@ -239,6 +246,20 @@ def test_each_part_of_an_attribution_is_that_of_its_definition(traced, tiny_para
             assert found["heads"][layer, head] == pytest.approx(part(gathered @ w), abs=1e-4)
         assert found["attn_bias"][layer] == pytest.approx(part(c_proj["b"]), abs=1e-4)
         assert found["mlp"][layer] == pytest.approx(part(traced["ffn"][layer, 5]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position": 20}, "position must be from -20 to 19, not 20"),
+        ({"position": -21}, "position must be from -20 to 19, not -21"),
+        ({"token": -1}, "token ids must be from 0 to 299, not -1"),
+        ({"token": N_VOCAB}, "token ids must be from 0 to 299, not 300"),
+    ],
+)
+def test_an_attribution_of_what_is_not_there_is_refused(traced, tiny_params, options, message):
+    with pytest.raises(ValueError, match=message):
+        attribution(traced, tiny_params, **options)
 
 
 def test_a_batch_is_attributed_as_its_rows_are(tiny_params):
@@ -310,6 +331,11 @@ def test_a_layer_or_head_that_does_not_exist_is_refused_with_the_range(tiny_para
         ablate(tiny_params, layer, head, N_HEAD)
 
 
+def test_a_number_of_heads_that_the_width_cannot_have_is_refused(tiny_params):
+    with pytest.raises(ValueError, match="n_head = 5 does not divide the model's n_embd = 48"):
+        ablate(tiny_params, 0, 1, 5)
+
+
 # The command line
 
 
@@ -332,8 +358,11 @@ def test_next_prints_the_likeliest_tokens(lens_py, tiny_params, tiny_encoder):
     ids, probabilities = next_tokens(logits, 4)
     header, *lines = lines_of(lens_py("next", "def main", "--k", "4"))
     assert header.split() == ["probability", "id", "token"]
-    expected = [f"{p:.2%} {i} {token_labels([i], tiny_encoder)[0]}" for i, p in zip(ids, probabilities, strict=True)]
-    assert [" ".join(line.split()[:3]) for line in lines] == expected
+    expected = [
+        " ".join(f"{p:.2%} {'█' * round(40 * p)} {i} {token_labels([i], tiny_encoder)[0]}".split())
+        for i, p in zip(ids, probabilities, strict=True)
+    ]
+    assert [" ".join(line.split()) for line in lines] == expected
 
 
 def test_attention_prints_where_each_head_of_the_last_token_attends(lens_py, tiny_params, tiny_encoder):
@@ -343,8 +372,10 @@ def test_attention_prints_where_each_head_of_the_last_token_attends(lens_py, tin
     assert token_labels(ids, tiny_encoder)[-1] in header
     assert len(lines) == N_HEAD
     for head, line in enumerate(lines):
-        best = weights[head, -1].argmax()
-        assert line.split()[:3] == [str(head), token_labels(ids, tiny_encoder)[best], f"{weights[head, -1, best]:.1%}"]
+        cells = [str(head)]
+        for best in np.argsort(-weights[head, -1])[:3]:
+            cells += [f"{token_labels(ids, tiny_encoder)[best]}@{best}", f"{weights[head, -1, best]:.1%}"]
+        assert line.split() == cells
     assert lines_of(lens_py("attention", "def main", "--layer=1", "--head=2"))[1:] == [lines[2]]
 
 
@@ -361,11 +392,12 @@ def test_surprisal_prints_the_bits_of_each_token_where_there_are_no_colours(lens
     ids = tiny_encoder.encode("def main")
     bits = surprisal(ids, gpt2(ids, **tiny_params, n_head=N_HEAD))
     _, *lines, empty, summary = lines_of(lens_py("surprisal", "def main"))
-    assert [line.split()[:3] for line in lines] == [
-        [str(i + 1), f"{n:.2f}", token_labels(ids, tiny_encoder)[i + 1]] for i, n in enumerate(bits)
-    ]
+    expected = gpt2(ids, **tiny_params, n_head=N_HEAD).argmax(axis=-1)
+    labels, likeliest = token_labels(ids, tiny_encoder), token_labels(expected, tiny_encoder)
+    rows = [[str(i + 1), f"{n:.2f}", labels[i + 1], likeliest[i]] for i, n in enumerate(bits)]
+    assert [line.split() for line in lines] == rows
     assert not empty
-    assert summary == (f"{len(bits)} tokens, {bits.mean():.2f} bits each on average, perplexity {2 ** bits.mean():.1f}")
+    assert summary == f"{bits.mean():.2f} bits a token on average, perplexity {2 ** bits.mean():.1f}"
 
 
 def colours(lens_py, **environment):
@@ -382,6 +414,14 @@ def test_the_text_is_coloured_on_a_terminal_only_and_not_with_no_color(lens_py):
     assert b"\n[red]\\x1b[31m\n" in re.sub(rb"\x1b\[[\d;]*m", b"", coloured)  # neither markup nor a control sequence
     for environment in ({}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, {"FORCE_COLOR": "1", "TERM": "dumb"}):
         assert b"\x1b" not in colours(lens_py, **environment)
+
+
+def test_on_a_terminal_the_most_surprising_tokens_are_listed(lens_py, tiny_params, tiny_encoder):
+    ids = tiny_encoder.encode("def main\n[red]\x1b[31m")
+    bits = surprisal(ids, gpt2(ids, **tiny_params, n_head=N_HEAD))
+    text = re.sub(rb"\x1b\[[\d;]*m", b"", colours(lens_py, FORCE_COLOR="1")).decode()
+    rows = [line.split()[:2] for line in text.partition("the most surprising:\n")[2].splitlines()[1:6]]
+    assert rows == [[str(i + 1), f"{bits[i]:.2f}"] for i in np.argsort(-bits)[:5]]
 
 
 @pytest.mark.parametrize("verb", ["next", "attention", "logit_lens", "surprisal"])
@@ -433,6 +473,26 @@ def test_without_rich_it_is_plain_text(lens_py, verb, tmp_path):
     assert lines_of(done) == lines_of(lens_py(verb, "def main"))
 
 
+@pytest.mark.parametrize("error", ["ImportError", "SyntaxError", "AttributeError"])
+def test_a_broken_rich_is_as_good_as_none(lens_py, error, tmp_path):
+    (tmp_path / "rich.py").write_text(f"raise {error}('broken')")
+    assert lines_of(lens_py("next", "def main", env={"PYTHONPATH": str(tmp_path), "FORCE_COLOR": "1", "TERM": "xterm"}))
+
+
+def test_the_picture_of_a_head_is_that_of_this_head(tiny_model, tiny_params, tiny_encoder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lens, "attention_figure", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(lens, "save_figure", lambda figure, out: None)
+    lens.show_attention("def main", 1, out=f"{tmp_path}/a.png", model_size=str(tiny_model))
+    lens.show_attention("def main", 1, 2, f"{tmp_path}/a.png", str(tiny_model))
+    weights = trace(tiny_encoder.encode("def main"), tiny_params, N_HEAD)["attention"][1]
+    for (found, labels, title, heads), expected in zip(seen, (range(N_HEAD), [2]), strict=True):
+        np.testing.assert_array_equal(found, weights[list(expected)])
+        assert labels == token_labels(tiny_encoder.encode("def main"), tiny_encoder)
+        assert list(heads) == list(expected)
+        assert title == f"tiny, layer 1, {'head 2' if len(heads) == 1 else 'all heads'}"
+
+
 @pytest.mark.parametrize("verb", ["attention", "logit_lens", "report"])
 def test_a_file_that_cannot_be_written_is_one_line_and_nothing_is_left(lens_py, verb, tmp_path, permissions):
     tmp_path.chmod(0o555)
@@ -441,18 +501,25 @@ def test_a_file_that_cannot_be_written_is_one_line_and_nothing_is_left(lens_py, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("out", ["no/such/directory/a.png", "a.xyz"])
-def test_a_place_or_format_that_does_not_exist_is_one_line(lens_py, out, tmp_path):
-    message = failure_of(lens_py("attention", "ab", f"--out={tmp_path}/{out}"))
+@pytest.mark.parametrize("verb", ["attention", "logit_lens", "report"])
+@pytest.mark.parametrize("out", ["no/such/directory/a.png", "directory.png", "", "x" * 300 + ".png"])
+def test_a_place_that_cannot_be_is_one_line(lens_py, verb, out, tmp_path):
+    (tmp_path / "directory.png").mkdir()
+    message = failure_of(lens_py(verb, "ab", f"--out={out}", cwd=tmp_path))
     assert message.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["directory.png"]
+
+
+def test_a_place_that_cannot_be_is_told_before_the_work(lens_py):
+    for verb in ("attention", "logit_lens", "report"):
+        assert "there is no directory" in failure_of(lens_py(verb, "? " * 40, "--out=no/such/directory/a.png"))
 
 
 def test_weights_that_are_damaged_are_one_line(tmp_path):
     params = random_params(TINY)
     params["blocks"][1]["mlp"]["c_fc"]["w"][0, 0] = np.nan
     model = write_model(tmp_path / "model", params=params)
-    for verb in ("next", "logit_lens", "surprisal", "report"):
+    for verb in ("next", "attention", "logit_lens", "surprisal", "report"):
         message = failure_of(run("lens.py", verb, "ab", f"--model_size={model}", cwd=tmp_path))
         assert message.startswith(f"lens.py {verb}: the model's logits are not finite numbers")
 

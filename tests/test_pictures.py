@@ -1,6 +1,9 @@
 """pictures.py: labels, tables and pictures; the page has a file of its own, test_report.py."""
 
+import io
 import itertools
+import math
+import os
 import warnings
 
 import numpy as np
@@ -8,10 +11,12 @@ import pytest
 
 from lens import logit_lens, trace
 from pictures import (
-    LONGEST_LABEL,
+    HEAT,
     MOST_LENS,
     attention_figure,
+    check_picture,
     logit_lens_figure,
+    print_surprise,
     print_table,
     save_figure,
     token_labels,
@@ -85,10 +90,15 @@ def test_an_attention_picture_has_a_map_a_head_and_labels_that_can_be_read(n_map
     assert figure.get_suptitle() == "model, layer 3"
     assert bar.get_ylabel() == "attention weight"
     assert [ax.get_title() for ax in maps] == ([f"head {i}" for i in range(n_maps)] if n_maps > 1 else [""])
+    assert (figure.get_supylabel()[:5], figure.get_supxlabel()[:3]) == ("query", "key")
     assert texts(maps[0])[-1] in labels
     assert_no_overlap(figure)
+    n_columns = math.ceil(math.sqrt(n_maps))
     if n_seq <= 64:
-        assert set(labels) <= set(texts(maps[-1]) + texts(maps[0]))
+        assert [texts(ax)[:n_seq] == labels for ax in maps[-n_columns:]] == [
+            True
+        ] * n_columns  # the lowest of each column
+        assert all(texts(ax)[-n_seq:] == labels for ax in maps[::n_columns])
 
 
 def test_what_a_position_cannot_see_is_not_drawn_as_a_weight(tiny_params):
@@ -127,14 +137,80 @@ def test_any_text_can_be_a_label_or_a_title():
     figure = drawn(attention_figure(maps_of(2, n), labels, "$a_model$", range(2)))
     shown = texts(figure.axes[0])
     assert {"$", "\\u65e5", "é", "{", "_"} <= set(shown)
-    assert max(map(len, shown)) <= LONGEST_LABEL
-    drawn(logit_lens_figure(lens_of(1, n), labels, np.array([labels, labels]), "$a_model$"))
+    assert "x" * 50 not in shown
+    drawn(logit_lens_figure(lens_of(1, n), labels, np.array([labels, labels]), "$a_model$ 日本" + 100 * "x"))
 
 
-@pytest.mark.parametrize(
-    ("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.PDF", b"%PDF"), ("a", b"\x89PNG")]
-)
-def test_a_picture_has_the_format_that_its_name_says(tmp_path, name, start):
+def test_wide_letters_do_not_reach_into_the_next_cell():
+    labels = ["WWWWWWWWWW", "MANAGEMENT"] * 3
+    figure = drawn(logit_lens_figure(lens_of(2, 6), labels, np.array([labels] * 3), "wide"))
+    renderer = figure.canvas.get_renderer()
+    for ax in figure.axes[:2]:
+        boxes = [text.get_window_extent(renderer) for text in ax.texts]
+        assert all(one.x1 <= other.x0 or one.y0 > other.y1 for one, other in itertools.pairwise(boxes))
+    assert_no_overlap(figure)
+
+
+def test_the_ranks_are_darker_the_better_and_can_be_read_on_their_colour():
+    lens = {"probabilities": np.array([[0.0, 1.0]]), "ranks": np.array([[1, 5000]])}
+    for ax in drawn(logit_lens_figure(lens, list("ab"), np.array([["a", "b"]]), "")).axes[:2]:
+        image = ax.images[0]
+        light = [np.mean(image.cmap(image.norm(value))[:3]) for value in image.get_array()[0]]
+        assert [text.get_color() for text in ax.texts] == ["white" if n < 0.5 else "black" for n in light]
+        assert (light[0] < light[1]) == (image.get_array()[0, 0] == 1)
+
+
+def test_a_probability_has_the_same_colour_in_every_picture():
+    for probabilities in ([[0.1, 0.2]], [[0.5, 1]]):
+        lens = {"probabilities": np.array(probabilities), "ranks": np.array([[1, 2]])}
+        image = logit_lens_figure(lens, list("ab"), np.array([["a", "b"]]), "").axes[0].images[0]
+        assert (image.norm.vmin, image.norm.vmax) == (0, 1)
+
+
+def test_each_token_has_the_colour_of_its_own_bits():
+    rich = pytest.importorskip("rich.console", reason="rich is not installed")
+    out = io.StringIO()
+    console = rich.Console(file=out, force_terminal=True, color_system="256", width=80)
+    print_surprise(console, ["a", "b", "[c]\t", "", "é\n", "f", ""], [0.1, 2, 3, 7.5, 99])
+    text, _, legend = out.getvalue().partition("\n\n")
+    colours = dict(zip(HEAT, (f"\x1b[30;48;5;{colour}m" for colour in HEAT.values()), strict=True))
+    assert text.replace("\x1b[0m", "") == f"ab{colours[2]}[c]⇥{colours[7]}é⏎\n{colours[14]}f"
+    assert all(f"{colour} {least} and more " in legend for least, colour in colours.items())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.PDF", "é a.png"])
+def test_a_picture_has_the_format_that_its_name_says(tmp_path, name):
     save_figure(attention_figure(maps_of(1, 3), list("abc"), "", [0]), str(tmp_path / name))
-    assert (tmp_path / name).read_bytes().startswith(start)
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".PDF": b"%PDF"}
+    assert (tmp_path / name).read_bytes().startswith(starts[name[-4:]])
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_symbolic_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "real.png").write_bytes(b"old")
+    (tmp_path / "link.png").symlink_to("real.png")
+    save_figure(attention_figure(maps_of(1, 3), list("abc"), "", [0]), str(tmp_path / "link.png"))
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="out must be the name of a file"):
+        check_picture(str(tmp_path / "pipe.png"))
+
+
+@pytest.mark.parametrize("out", ["", ".", "a", "a.xyz", "a.pgf", ".png"])
+def test_an_ending_of_no_picture_is_refused_with_those_that_are_known(out):
+    with pytest.raises(ValueError, match=r"must end in \.png, \.svg, \.pdf"):
+        check_picture(out)
+
+
+def test_the_users_settings_of_matplotlib_do_not_matter(tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font"}):
+        check_picture(str(tmp_path / "a.png"))
+        save_figure(attention_figure(maps_of(1, 3), list("abc"), "", [0]), str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").exists()

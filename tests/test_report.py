@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 import shutil
 
 import numpy as np
@@ -116,7 +117,46 @@ def test_the_text_is_shown_as_tokens_with_their_surprisal(open_page, traced, tin
     titles = page.eval_on_selector_all("#tokens .token", "tokens => tokens.map(token => token.title)")
     bits = surprisal(traced["ids"], traced["logits"])
     assert titles == ["the first", *(f"{n:.2f} bits" for n in bits)]
-    assert f"{bits.mean():.2f} bits each on average, perplexity {2 ** bits.mean():.1f}" in page.inner_text("#summary")
+    summary = page.inner_text("#summary")
+    assert f"{bits.mean():.2f} bits each on average" in summary
+    assert f"as between {2 ** bits.mean():.1f} equally likely tokens (its perplexity)" in summary
+    assert page.locator("#tokens br").count() == PROMPT.count("\n")
+
+
+def opacities(page, selector):
+    colours = page.eval_on_selector_all(selector, "all => all.map(one => getComputedStyle(one).backgroundColor)")
+    return [float(re.findall(r"[\d.]+", colour)[3]) for colour in colours]
+
+
+def test_the_colours_follow_what_they_stand_for(open_page, traced):
+    page = open_page()
+    bits = surprisal(traced["ids"], traced["logits"])
+    np.testing.assert_allclose(opacities(page, "#tokens .token"), [0, *0.75 * np.minimum(bits / 16, 1)], atol=0.003)
+    page.select_option("#layer", "1")
+    weights = traced["attention"][1, :, -1]
+    np.testing.assert_allclose(opacities(page, ".strip span"), 0.65 * np.sqrt(weights.flat), atol=0.006)
+    np.testing.assert_allclose(opacities(page, "#scale span"), 0.75 * np.array([1, 4, 8, 12, 16]) / 16, atol=0.003)
+
+
+def test_the_bars_are_as_long_as_the_probabilities(open_page, traced):
+    page = open_page()
+    widths = page.eval_on_selector_all("#next .bar div", "bars => bars.map(bar => parseFloat(bar.style.width))")
+    _, probabilities = next_tokens(traced["logits"][-1], 200)
+    np.testing.assert_allclose(widths[:200], 100 * probabilities / probabilities[0], atol=0.01)
+
+
+def test_the_token_that_the_text_goes_on_with_is_marked(open_page, traced, tiny_encoder):
+    page = open_page()
+    seen = set()
+    for position, after in enumerate(traced["ids"][1:]):
+        choose(page, position)
+        ids, _ = next_tokens(traced["logits"][position], 200)
+        name = token_labels([after], tiny_encoder)[0] if after in ids else "the other 100"
+        assert page.locator("#next tr.next td.token").all_text_contents() == [name]
+        seen.add(after in ids)
+    assert seen == {True, False}
+    choose(page, len(traced["ids"]) - 1)
+    assert page.locator("#next tr.next").count() == 0
 
 
 def test_a_click_on_a_token_shows_what_the_model_computed_there(open_page, traced, tiny_params, tiny_encoder):
@@ -146,7 +186,7 @@ def test_a_click_on_a_token_shows_what_the_model_computed_there(open_page, trace
             after = traced["ids"][position + 1]
             rank = 1 + (traced["logits"][position] > traced["logits"][position, after]).sum()
             share = to_probabilities(traced["logits"][position])[after]
-            assert f"goes on with {labels[position + 1]}, to the model number {rank} of" in chosen
+            assert f"goes on with {labels[position + 1]}, the model’s choice number {rank}, " in chosen
             assert chosen.endswith(f"{share:.2%}.")
         else:
             assert chosen.endswith(f"the text ends. The likeliest to come next: {found[0][0]}, {found[0][1]}.")
@@ -170,11 +210,18 @@ def test_each_head_shows_its_weights(open_page, traced, tiny_encoder, layer):
             found = spans.evaluate_all("spans => spans.map(span => Number(span.dataset.weight))")
             np.testing.assert_allclose(found, weights[head], atol=0.5001e-4)
             spans.nth(position // 2).hover()
-            shown = f"{labels[position // 2]} {round(float(weights[head, position // 2]), 4):.2%}"
+            shown = f"{labels[position // 2]} ({position // 2}) "
+            shown += f"{round(float(weights[head, position // 2]), 4):.2%}"
             assert heads.nth(head).locator(".readout").inner_text() == shown
             assert spans.nth(position // 2).get_attribute("title") == shown
+    choose(page, len(labels) - 1)
     page.mouse.move(0, 0)
-    assert page.locator(".readout").first.inner_text().startswith("most on ")
+    assert page.locator(".readout").first.inner_text() == ""
+    for head in range(N_HEAD):
+        best = traced["attention"][layer, head, -1].argmax()
+        assert page.locator(".most").nth(head).inner_text().startswith(f"most on {labels[best]} ({best}) ")
+    page.locator(".strip").first.locator("span").nth(3).click()
+    assert "Position 3:" in page.inner_text("#chosen")
     choose(page, 3)
     page.locator("summary").click()
     table = [[float(cell.rstrip("%")) / 100 for cell in cells[1:]] for cells in rows(page, "#weights")]
@@ -203,7 +250,8 @@ def test_where_top_p_ends_among_the_others_their_share_is_all_but_exact(open_pag
     assert probabilities.sum() < 0.8
     expected = reference(logits, 1, 0, 0.9)
     found = page.evaluate("distribution(1, 1, 0, 0.9)")
-    assert found["others"] == pytest.approx(1 - expected[best].sum(), abs=probabilities[-1])
+    assert 0.05 < found["others"] == pytest.approx(1 - expected[best].sum(), abs=probabilities[-1])
+    assert all(found["kept"])
     assert sum(found["likeliest"]) + found["others"] == pytest.approx(1)
 
 
@@ -216,19 +264,65 @@ def test_the_sliders_change_what_is_shown_and_can_be_set_back(open_page, traced)
     assert [cells[1] for cells in shown[:-1]] == [f"{p:.2%}" for p in expected[:200]]
     n_kept = (expected > 0).sum()
     assert page.locator("#next tr.out").count() == 201 - n_kept
-    assert page.inner_text("#kept") == f"Drawn from {n_kept} tokens."
+    assert page.inner_text("#kept") == f"Drawn from {n_kept} token{'s' if n_kept > 1 else ''}."
+    assert shown[-1][1] == "0.00%"
     outputs = [page.inner_text(f"#{name}-value") for name in ("temperature", "top-k", "top-p")]
     assert outputs == ["0.70", "12", "0.85"]
     choose(page, 2)  # and they hold for every token
     assert page.locator("#next tr.out").count() >= 189
     choose(page, len(traced["ids"]) - 1)
+    slide(page, temperature=0)
+    assert page.inner_text("#temperature-value") == "0 (the likeliest only)"
+    assert page.inner_text("#kept") == "Drawn from 1 token."
     page.click("#reset")
     assert rows(page, "#next") == before
     assert page.inner_text("#kept") == "Drawn from all 300 tokens."
 
 
-def test_top_k_goes_to_as_many_tokens_as_the_page_holds(open_page):
-    assert open_page().get_attribute("#top-k", "max") == "200"
+def test_the_sliders_go_as_far_as_the_data(open_page):
+    page = open_page()
+    assert page.get_attribute("#top-k", "max") == "200"
+    assert [page.get_attribute("#temperature", name) for name in ("min", "max", "step")] == ["0", "2", "0.05"]
+
+
+def test_equal_logits_are_kept_or_ruled_out_together_by_top_k(open_page, tiny_encoder, tmp_path):
+    params = random_params(TINY)
+    params["wte"][:20] = params["wte"][0]
+    ids = [5, 6, 7]
+    save_page({"model": "equal", **report_data(ids, params, N_HEAD, tiny_encoder)}, str(tmp_path / "equal.html"))
+    page = open_page(path=tmp_path / "equal.html")
+    for position, logits in enumerate(gpt2(ids, **params, n_head=N_HEAD)):
+        best, _ = next_tokens(logits, 200)
+        for top_k, top_p in itertools.product((1, 5, 10, 25), (1, 0.6)):
+            expected = reference(logits, 1, top_k, top_p)[best]
+            found = page.evaluate("args => distribution(...args)", [position, 1, top_k, top_p])
+            np.testing.assert_allclose(found["likeliest"], expected, atol=1e-6)
+            assert found["kept"] == [p > 0 for p in expected]
+
+
+def test_a_token_too_unlikely_for_a_float_is_not_shown_as_ruled_out(open_page, tiny_encoder, tmp_path):
+    params = random_params(TINY)
+    params["ln_f"]["g"] = params["ln_f"]["g"] * 1000
+    save_page({"model": "sharp", **report_data([5], params, N_HEAD, tiny_encoder)}, str(tmp_path / "sharp.html"))
+    page = open_page(path=tmp_path / "sharp.html")
+    assert page.locator("#next tr.out:not(:last-child)").count() == 0
+    slide(page, top_k=3)
+    assert page.locator("#next tr.out").count() == 198
+
+
+def test_nothing_moves_when_a_weight_is_shown(open_page):
+    page = open_page(viewport={"width": 400, "height": 700})
+    before = page.evaluate("document.documentElement.scrollHeight")
+    page.locator(".strip").last.locator("span").nth(1).hover()
+    assert page.locator(".readout").last.inner_text()
+    assert page.evaluate("document.documentElement.scrollHeight") == before
+
+
+def test_another_token_is_shown_from_its_likeliest_on(open_page):
+    page = open_page()
+    page.evaluate("find('next-scroll').scrollTop = 900")
+    choose(page, 2)
+    assert page.evaluate("find('next-scroll').scrollTop") == 0
 
 
 def test_all_can_be_done_with_the_keyboard(open_page, traced):
@@ -241,7 +335,18 @@ def test_all_can_be_done_with_the_keyboard(open_page, traced):
             break
         reached.append(name)
     assert reached[:2] == ["token", "temperature"]
-    assert {"token", "temperature", "top-k", "top-p", "reset", "layer", "strip", "SUMMARY", "scroll"} == set(reached)
+    assert {
+        "token",
+        "temperature",
+        "top-k",
+        "top-p",
+        "reset",
+        "layer",
+        "strip",
+        "SUMMARY",
+        "scroll",
+        "next-scroll",
+    } == set(reached)
     page.locator("#tokens input").last.focus()
     page.keyboard.press("ArrowLeft")
     assert f"Position {len(traced['ids']) - 2}:" in page.inner_text("#chosen")
@@ -302,7 +407,7 @@ def test_a_text_of_one_token_can_be_looked_at(open_page):
     page = open_page("a")
     assert "a text of 1 token." in page.inner_text("#summary")
     assert page.locator("#next tr").count() == 201
-    assert page.locator(".readout").first.inner_text() == "most on a 100.00%"
+    assert page.locator(".most").first.inner_text() == "most on a (0) 100.00%"
 
 
 def test_a_report_of_64_tokens_at_the_shape_of_124m_is_below_2_mb(open_page, gpt2_encoder, tmp_path):
