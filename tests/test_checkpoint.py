@@ -132,6 +132,7 @@ def test_without_tensorflow_no_weights_are_downloaded(mirror, tmp_path, monkeypa
     assert sorted(mirror.paths()) == ["/124M/encoder.json", "/124M/hparams.json", "/124M/vocab.bpe"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
@@ -152,6 +153,7 @@ def test_a_bad_tensor_in_a_checkpoint_is_named(tmp_path, tiny_tensors, name, cha
     assert not list(directory.glob("*safetensors*"))
 
 
+@pytest.mark.slow
 def test_missing_and_surplus_tensors_in_a_checkpoint_are_named(tmp_path, tiny_tensors):
     tensors = dict(tiny_tensors)
     tensors["model/other"] = tensors.pop("model/ln_f/b")
@@ -232,6 +234,7 @@ def test_weights_of_another_length_than_the_hyperparameters_imply_are_refused(mi
     assert not (tmp_path / "124M" / CHECKPOINT_DATA).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [CHECKPOINT_DATA, CHECKPOINT_INDEX])
 def test_a_download_that_tensorflow_finds_damaged_is_removed_and_fetched_once_more(
     mirror, tmp_path, tiny_params, capfd, file
@@ -280,6 +283,7 @@ def test_a_damaged_checkpoint_that_cannot_be_fetched_again_stays(mirror, tmp_pat
     assert mirror.requests == []
 
 
+@pytest.mark.slow
 def test_processes_that_find_a_checkpoint_damaged_fetch_it_once_more_together(mirror, tmp_path):
     directory = tmp_path / "models" / "124M"
     fetch(directory, [*TABLES, "hparams.json", *CHECKPOINT_FILES], N_DATA_BYTES)
@@ -458,6 +462,7 @@ def test_weights_that_do_not_say_are_taken_unless_they_are_the_older(tmp_path):
     assert not is_current(weights, tmp_path / "another"), "in a cache there must be"
 
 
+@pytest.mark.slow
 def test_another_checkpoint_is_converted_anew_and_what_a_killed_process_left_is_removed(
     tmp_path, tiny_tensors, tiny_params
 ):

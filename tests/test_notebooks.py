@@ -71,6 +71,7 @@ def test_each_ends_with_three_exercises_whose_solutions_are_folded_and_checked(n
     assert all(re.search(r"^ *assert ", code, re.MULTILINE) for code in codes)
 
 
+@pytest.mark.slow
 def test_each_runs_whole_with_its_solutions_and_without_network(notebook, monkeypatch, tmp_path):
     monkeypatch.setenv("GPT2_OFFLINE", "1")
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")

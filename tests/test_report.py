@@ -377,8 +377,7 @@ def test_any_text_stays_text(open_page, shakespeare, prompt, tmp_path):
     assert page.evaluate("window.hurt === undefined")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1200, "light")])
 def test_the_page_meets_wcag_aa_and_fits_its_window(open_page, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
     page = open_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
