@@ -105,8 +105,8 @@ def choose(verbs: dict[str, Callable]) -> Callable:
         sys.exit()
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs)
-        guess = f": did you mean {near[0]}?" if near else f", but one of {', '.join(verbs)} comes first"
-        sys.exit(f"{script()}: {f'there is no {verb!r}' if verb else 'what to do is missing'}{guess}\n{overview}")
+        hint = f"did you mean {near[0]}?" if near else f"the first argument is one of {', '.join(verbs)}"
+        sys.exit(f"{script()}: {f'there is no {verb!r}' if verb else 'what to do is missing'}: {hint}\n{overview}")
     sys.argv[:2] = [f"{sys.argv[0]} {verb}"]
     return verbs[verb]
 

@@ -231,7 +231,7 @@ def show_attention(
     prompt: str, layer: int = 0, head: int | None = None, out: str | None = None, model_size: str = "124M",
     models_dir: str = "models",
 ) -> None:  # fmt: skip
-    """Draw where the heads of a layer attend; without --out, print where the last token does.
+    """Draw where the heads of a layer attend; without --out, print it for the last token.
 
     --layer 0             which layer, from 0
     --head N              one head, from 0, drawn large; without it, all of the layer
@@ -262,7 +262,7 @@ def show_attention(
 
 
 def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M", models_dir: str = "models") -> None:
-    """Draw what each layer would predict if it were the last; without --out, print that of the last token.
+    """Draw what each layer would predict; without --out, print it for the last token.
 
     --out FILE            the picture to make: .png, .svg or .pdf
     --model_size 124M     the model: a released one, a name in models_dir, or a directory
@@ -286,7 +286,7 @@ def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M
 
 
 def show_surprisal(prompt: str, model_size: str = "124M", models_dir: str = "models") -> None:
-    """Print the text, coloured by how much each token surprises the model; without colours, a line for each token.
+    """Print the text, coloured by how much each token surprises the model; or the bits of each.
 
     --model_size 124M     the model: a released one, a name in models_dir, or a directory
     --models_dir models   where the models are
@@ -353,7 +353,7 @@ def report_data(ids: list[int], params: dict, n_head: int, encoder: Encoder) -> 
 
 
 def write_report(prompt: str, out: str = "report.html", model_size: str = "124M", models_dir: str = "models") -> None:
-    """Write a page for the browser with all of this: predictions, logit lens and attention at each token.
+    """Write a page for the browser that shows all of this at each token.
 
     --out report.html     the file to make; it needs no network and no other file
     --model_size 124M     the model: a released one, a name in models_dir, or a directory

@@ -547,7 +547,10 @@ def test_each_verb_has_a_help_and_a_list_of_them_too():
     [
         ([], "what to do is missing"),
         (["nxt", "a"], "did you mean next?"),
-        (["a prompt"], "one of next, attention, logit_lens, surprisal, report comes first"),
+        (
+            ["a prompt"],
+            "there is no 'a prompt': the first argument is one of next, attention, logit_lens, surprisal, report",
+        ),
         (["next"], "PROMPT is missing"),
         (["next", "a", "--layer=1"], "unknown flag --layer"),
     ],
