@@ -81,6 +81,12 @@ def trace_block(x: Array, mlp: dict, attn: dict, ln_1: dict, ln_2: dict, n_head:
     }  # fmt: skip
 
 
+def log_sum_exp(x: Array) -> Array:
+    """log(sum(exp(x))) over the last axis, in float64."""
+    largest = x.max(axis=-1, keepdims=True)
+    return largest[..., 0] + np.log(np.exp(x - largest, dtype=np.float64).sum(axis=-1))
+
+
 def next_tokens(logits: Array, k: int = 10) -> tuple[Array, Array]:
     """The k likeliest tokens, the likeliest first, and their probabilities: [..., n_vocab] -> two of [..., k]."""
     check_count("k", k, least=1)
@@ -115,12 +121,6 @@ def surprisal(inputs: Array, logits: Array) -> Array:
         raise ValueError(f"the inputs have the shape {ids.shape}, and the logits are of inputs of {logits.shape[:-1]}")
     logits = logits[..., :-1, :]
     return (log_sum_exp(logits) - np.take_along_axis(logits, ids[..., 1:, None], axis=-1)[..., 0]) / math.log(2)
-
-
-def log_sum_exp(x: Array) -> Array:
-    """log(sum(exp(x))) over the last axis, in float64."""
-    largest = x.max(axis=-1, keepdims=True)
-    return largest[..., 0] + np.log(np.exp(x - largest, dtype=np.float64).sum(axis=-1))
 
 
 def attribution(
