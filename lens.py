@@ -23,6 +23,7 @@ from pictures import (
     print_table,
     save_figure,
     save_page,
+    stage_names,
     token_labels,
 )
 from sampling import check_count, to_probabilities
@@ -87,6 +88,11 @@ def log_sum_exp(x: Array) -> Array:
     return largest[..., 0] + np.log(np.exp(x - largest, dtype=np.float64).sum(axis=-1))
 
 
+def rank_of(logits: Array, ids: Array) -> Array:
+    """The place of a token among all by their logits, 1 for the likeliest: [..., n_vocab], ids [...] -> [...]."""
+    return 1 + (logits > np.take_along_axis(logits, ids[..., None], axis=-1)).sum(axis=-1)
+
+
 def next_tokens(logits: Array, k: int = 10) -> tuple[Array, Array]:
     """The k likeliest tokens, the likeliest first, and their probabilities: [..., n_vocab] -> two of [..., k]."""
     check_count("k", k, least=1)
@@ -100,13 +106,13 @@ def logit_lens(trace: dict[str, Array], params: dict) -> dict[str, Array]:
     Three arrays [n_layer + 1, ..., n_seq], of the residual stream before block 0, then after each block: `ids`, the
     likeliest tokens, `probabilities`, theirs, and `ranks`, from 1, of the token that the last layer finds likeliest.
     """
-    answers = trace["logits"].argmax(axis=-1)[..., None]
+    answers = trace["logits"].argmax(axis=-1)
     ids, probabilities, ranks = [], [], []
     for x in trace["residual"]:
         logits = matmul(layer_norm(x, **params["ln_f"]), params["wte"].T)  # -> [..., n_seq, n_vocab]
         ids.append(logits.argmax(axis=-1))
         probabilities.append(np.exp(logits.max(axis=-1) - log_sum_exp(logits)))
-        ranks.append(1 + (logits > np.take_along_axis(logits, answers, axis=-1)).sum(axis=-1))
+        ranks.append(rank_of(logits, answers))
     return {"ids": np.stack(ids), "probabilities": np.stack(probabilities), "ranks": np.stack(ranks)}
 
 
@@ -279,7 +285,7 @@ def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M
         title = f"logit lens, {name_of(model_size)}"
         save_figure(logit_lens_figure(lens, token_labels(ids, encoder), predictions, title), out)
         return
-    names = ["embedding", *(f"after block {i}" for i in range(len(params["blocks"])))]
+    names = stage_names(len(params["blocks"]))
     columns = zip(names, lens["probabilities"][:, -1], lens["ranks"][:, -1], predictions[:, -1], strict=True)
     rows = [(name, f"{probability:.2%}", str(rank), token) for name, probability, rank, token in columns]
     print_table({"": "left", "probability": "right", "rank of the answer": "right", "prediction": "left"}, rows)
@@ -334,19 +340,19 @@ def report_data(ids: list[int], params: dict, n_head: int, encoder: Encoder) -> 
     rest = [log_sum_exp(below_best[:, N_LIKELIEST:] / np.float32(t)) for t in TEMPERATURES]
     past = np.tril(np.ones((n_seq, n_seq), bool))
     shown = np.unique([*likeliest.flat, *lens["ids"].flat, *ids])
-    own = np.take_along_axis(logits[:-1], np.array(ids)[1:, None], axis=-1)
     return {
         "n_layer": n_layer,
         "n_head": n_head,
         "ids": ids,
         "labels": dict(zip(shown.tolist(), token_labels(shown, encoder), strict=True)),
         "bits": surprisal(ids, logits).tolist(),
-        "ranks": (1 + (logits[:-1] > own).sum(axis=-1)).tolist(),
+        "ranks": rank_of(logits[:-1], traced["ids"][1:]).tolist(),
         "n_vocab": logits.shape[1],
         "likeliest": packed(likeliest, "<u4"),
         "temperatures": TEMPERATURES.tolist(),
         "below_best": packed(below_best[:, :N_LIKELIEST], "<f4"),
         "rest": packed(np.transpose(rest), "<f4"),
+        "stages": stage_names(n_layer),
         "lens": {name: values.tolist() for name, values in lens.items()},
         "attention": packed(np.rint(10_000 * traced["attention"][..., past]), "<u2"),
     }

@@ -45,6 +45,11 @@ def visible(character: str) -> str:
     return character if character.isprintable() else SIGNS.get(character, ascii(character)[1:-1])
 
 
+def stage_names(n_layer: int) -> list[str]:
+    """What the rows of a logit lens are called: the residual stream before block 0, then after each block."""
+    return ["embedding", *(f"after block {i}" for i in range(n_layer))]
+
+
 def colour_console() -> "Console | None":
     """rich's console where it is installed, on a terminal that has colours, and without NO_COLOR; else None."""
     try:
@@ -205,7 +210,6 @@ def logit_lens_figure(lens: dict[str, Array], labels: Sequence[str], predictions
     width, height = LENS_CELL[0] * n_seq, LENS_CELL[1] * n_rows
     figure = Figure((max(width, 4) + 3, 2 * height + 3), layout="constrained")
     set_title(figure, title)
-    rows = ["embedding", *(f"after block {i}" for i in range(n_rows - 1))]
     longest = 0.9 * LENS_CELL[0]
     predictions = [[drawable(text, longest) for text in row] for row in predictions]
     numbers = [[str(n) if n < 10_000 else f"{n / 1000:.0f}k" for n in row] for row in ranks]
@@ -217,7 +221,7 @@ def logit_lens_figure(lens: dict[str, Array], labels: Sequence[str], predictions
     for ax, (name, texts, values, meaning), (colours, norm) in zip(figure.subplots(2, 1), panels, styles, strict=True):
         image = ax.imshow(values, norm=norm, cmap=colours, aspect="auto")
         ax.set_title(name, fontsize=9)
-        ax.set_yticks(range(n_rows), rows, fontsize=LABEL_SIZE)
+        ax.set_yticks(range(n_rows), stage_names(n_rows - 1), fontsize=LABEL_SIZE)
         label_axis(ax, "x", labels, width, longest)
         figure.colorbar(image, ax=ax, label=meaning, pad=0.01, format="{x:g}").minorticks_off()
         for (row, column), value in np.ndenumerate(values):
