@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_info
 from tqdm import tqdm
 
 import utils
-from encoder import BYTE_DECODER, END_OF_TEXT, WORD, Encoder, split_words
+from encoder import WORD, Encoder, split_words
 from gpt2 import stream
 from prefill import n_blas_threads
 from sampling import check_count
@@ -154,10 +154,13 @@ def transformers_engine(model: SimpleNamespace) -> Engine:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.set_num_threads(n_blas_threads())
-    shape = {name: model.hparams[name] for name in ("n_embd", "n_head", "n_layer")}
-    shape |= {"vocab_size": model.hparams["n_vocab"], "n_positions": model.hparams["n_ctx"]}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
-    gpt2.transformer.load_state_dict(load_file(model.directory / utils.WEIGHTS))
+    if utils.is_huggingface(model.directory):
+        gpt2 = GPT2LMHeadModel.from_pretrained(model.directory, dtype=torch.float32).eval()
+    else:
+        shape = {name: model.hparams[name] for name in ("n_embd", "n_head", "n_layer")}
+        shape |= {"vocab_size": model.hparams["n_vocab"], "n_positions": model.hparams["n_ctx"]}
+        gpt2 = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
+        gpt2.transformer.load_state_dict(load_file(model.directory / utils.WEIGHTS))
 
     def run(ids: Array, n_tokens: int) -> Iterator:
         new, past = torch.from_numpy(np.atleast_2d(ids)), None
@@ -178,15 +181,15 @@ def write_gguf(path: Path, model: SimpleNamespace, kind: str) -> None:
     fields = {"block_count": "n_layer", "context_length": "n_ctx", "embedding_length": "n_embd"}
     for field, name in {**fields, "head_count": "n_head", "vocab_size": "n_vocab"}.items():
         getattr(writer, f"add_{field}")(model.hparams[name])
-    writer.add_feed_forward_length(4 * model.hparams["n_embd"])
-    writer.add_layer_norm_eps(1e-5)
+    writer.add_feed_forward_length(model.params["blocks"][0]["mlp"]["c_fc"]["b"].size)
+    writer.add_layer_norm_eps(model.params["ln_f"].get("eps", 1e-5))
     writer.add_tokenizer_model("no_vocab")  # it is given ids and asked for ids
     names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "h.": "blk."}
     names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    names |= {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-    for name, array in utils.flatten(model.params, utils.tensor_name).items():
+    names |= {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
+    for name, array in utils.tensors_of(model.params).items():
         is_matrix = array.ndim == 2 and name != "wpe.weight"
-        array = np.ascontiguousarray(array.T) if is_matrix and name != "wte.weight" else array
+        array = np.ascontiguousarray(array.T) if is_matrix and name not in ("wte.weight", "lm_head.weight") else array
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
         if is_matrix:
@@ -230,8 +233,9 @@ def tiktoken_encode(encoder: Encoder) -> Callable[[str], list[int]]:
     """OpenAI's tiktoken with the tables of `encoder`."""
     import tiktoken
 
-    ranks = {bytes(BYTE_DECODER[c] for c in token): i for token, i in encoder.encoder.items() if token != END_OF_TEXT}
-    special = {} if encoder.eot_id is None else {END_OF_TEXT: encoder.eot_id}
+    special = {token: encoder.encoder[token] for token in encoder.special}
+    plain = encoder.encoder.keys() - special.keys() - encoder.added.keys()
+    ranks = {encoder.token_bytes(encoder.encoder[token]): encoder.encoder[token] for token in plain}
     return tiktoken.Encoding("", pat_str=WORD.pattern, mergeable_ranks=ranks, special_tokens=special).encode_ordinary
 
 

@@ -221,7 +221,7 @@ def convert(directory: str, target: str) -> None:
     found = reader.get_variable_to_shape_map()
     # c_attn, c_fc and c_proj are convolutions of width 1 there, [1, n_in, n_out].
     squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
-    check_tensors(index, squeezed, flatten(shapes, checkpoint_name))
+    check_tensors(index, squeezed, flatten(shapes, checkpoint_name), "hparams.json")
 
     def read(path: tuple, shape: tuple) -> np.ndarray:
         name = checkpoint_name(path)

@@ -4,10 +4,12 @@ Left alone, fire reads an argument as Python or as a flag: the prompts `2019`, `
 number, a list and an error. So arguments are sorted here, by the function's own signature, before fire sees them.
 """
 
+import codecs
 import contextlib
 import difflib
 import inspect
 import itertools
+import json
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from inspect import Parameter
+from pathlib import Path
 from typing import NoReturn
 
 import fire
@@ -37,7 +40,7 @@ def usage(main: Callable) -> str:
     words = [f"usage: python {script()}"]
     for name, parameter in parameters(main).items():
         if parameter.default is Parameter.empty:
-            words.append(name.upper())
+            words.append(name.upper() + (" ..." if parameter.annotation == list[str] else ""))
         elif isinstance(parameter.default, bool):
             words.append(f"[--{name}]")
         elif parameter.default is None:
@@ -64,7 +67,8 @@ def surplus(extra: list[str], texts: list[str], flags: dict[str, Parameter]) -> 
 def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
     """Sort `argv` into `--name=value` for each parameter of `main` that it sets.
 
-    What is not exactly a flag, `--flag` or `--flag=value`, is text, whatever it starts with. Prints the help and exits
+    What is not exactly a flag, `--flag` or `--flag=value`, is text, whatever it starts with. A last parameter that is a
+    list takes all texts that are left, at least one, and its value is JSON. Prints the help and exits
     if asked to; exits with status 1 and the usage for a missing, surplus or unknown argument.
     """
     flags = {f"--{name}": parameter for name, parameter in parameters(main).items()}
@@ -90,20 +94,36 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
     wanted = [flag for flag, p in flags.items() if p.default is Parameter.empty and flag not in values]
     if len(texts) < len(wanted):
         refuse(main, f"{wanted[len(texts)][2:].upper()} is missing")
+    if wanted and flags[wanted[-1]].annotation == list[str]:
+        n_single = len(wanted) - 1
+        if odd := next(
+            (t for t in texts[n_single:] if t[:2] == "--" and " did you mean" in surplus([t], [t], flags)), None
+        ):
+            refuse(main, surplus([odd], [odd], flags))
+        texts[n_single:] = [json.dumps(texts[n_single:])]
     if len(texts) > len(wanted):
         refuse(main, surplus(texts[len(wanted) :], texts, flags))
     return [f"{flag}={value}" for flag, value in (values | dict(zip(wanted, texts, strict=True))).items()]
 
 
 def choose(verbs: dict[str, Callable]) -> Callable:
-    """The function of `verbs` that the first argument names, which from then on is part of the script's name."""
-    lines = [f"    python {script()} {verb:<12}{inspect.getdoc(main).splitlines()[0]}" for verb, main in verbs.items()]
+    """The function of `verbs` that the first argument names, which from then on is part of the script's name.
+
+    If it names none, the function of the verb "", if there is one.
+    """
+    names = {verb: verb or next(iter(parameters(main))).upper() for verb, main in verbs.items()}
+    lines = [f"    python {script()} {names[verb]:<12}{inspect.getdoc(verbs[verb]).splitlines()[0]}" for verb in verbs]
     overview = "\n".join(["usage, each with its own --help:", *lines])
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in HELP:
         print(overview, flush=True)
+        if "" in verbs:
+            print()
+            return verbs[""]
         sys.exit()
-    if verb not in verbs:
+    if verb not in verbs or not verb:
+        if "" in verbs:
+            return verbs[""]
         near = difflib.get_close_matches(verb, verbs)
         hint = f"did you mean {near[0]}?" if near else f"the first argument is one of {', '.join(verbs)}"
         sys.exit(f"{script()}: {f'there is no {verb!r}' if verb else 'what to do is missing'}: {hint}\n{overview}")
@@ -145,7 +165,8 @@ def run(main: Callable | dict[str, Callable]) -> None:
     if isinstance(main, dict):
         main = choose(main)
     kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
-    parsers = {name: str if kind in (str, str | None) else number for name, kind in kinds.items()}
+    kinds_of_text = {str: str, str | None: str, list[str]: json.loads}
+    parsers = {name: kinds_of_text.get(kind, number) for name, kind in kinds.items()}
     try:
         fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
         print(end="", flush=True)  # what a closed pipe or a full disk has to say, it says here
@@ -157,15 +178,35 @@ def run(main: Callable | dict[str, Callable]) -> None:
         finish(f"{script()}: {str(error) or 'not enough memory'}")
 
 
+def read_document(path: str, errors: str = "strict") -> str:
+    """The text in a file, or for `-` of standard input, its lines ending as Python's do.
+
+    Raises ValueError for an empty one, UnicodeError, with the place, for one that is not UTF-8, if errors is "strict".
+    """
+    if path == "-" and sys.stdin is None:
+        raise ValueError("there is no text to read: standard input is closed")
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place = f"byte {data[error.start]:#x} at offset {error.start:,}, in line {line:,}"
+        raise UnicodeError(f"{path} is not a text in UTF-8 ({place}): convert it") from error
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def prompt_ids(prompt: str, encoder: Encoder) -> list[int]:
     """The token ids of a prompt: of `-` those of standard input, of an empty text the <|endoftext|> to start from."""
     if prompt == "-":
         if sys.stdin is None:
             raise ValueError("there is no prompt to read: standard input is closed")
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    if not prompt and encoder.eot_id is None:
+    if not prompt and encoder.bos_id is None:
         raise ValueError("the prompt is empty, and this model has no <|endoftext|> to start from")
-    return encoder.encode(prompt) or [encoder.eot_id]
+    return encoder.encode(prompt) or [encoder.bos_id]
 
 
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ most often first (Sennrich et al. 2016; GPT-2 paper, section 2.2). Any string ha
 import codecs
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, pairwise
 
 import regex
@@ -42,26 +42,43 @@ def split_bytes(word: str) -> list[str]:
     return list(word.encode().decode("latin-1").translate(BYTE_ENCODER))
 
 
+def any_of(patterns: Mapping[str, str]) -> regex.Pattern | None:
+    """What finds the tokens of `patterns`, of several at one place the longest; each has one group, the token."""
+    longest_first = sorted(patterns, key=len, reverse=True)
+    return regex.compile(f"(?|{'|'.join(map(patterns.get, longest_first))})") if patterns else None
+
+
 class Encoder:
     """The tokenizer of one model.
 
     `encoder` maps tokens, in the alphabet of `bytes_to_unicode`, to ids from 0 to n - 1; `bpe_merges` are pairs of
-    tokens, the first to merge first; `errors` is as in `bytes.decode`. Tables that do not fit raise ValueError.
+    tokens, the first to merge first; `errors` is as in `bytes.decode`. Tokens that no merge makes are found in a text
+    before it is cut into words: those `added` always, the `special` ones when asked to. Both map a token, in its own
+    characters, to the regular expression that finds it, with the token as its group. Tables that do not fit raise
+    ValueError. `eot_id` ends a text, and `bos_id` begins an empty one: <|endoftext|>, or None without it.
     """
 
-    def __init__(self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace") -> None:
+    def __init__(
+        self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace",
+        added: Mapping[str, str] | None = None, special: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.encoder = encoder
         self.decoder = {i: token for token, i in encoder.items()}
         self.bpe_ranks = dict(zip(bpe_merges, count()))
         self.errors = errors
-        self.eot_id = encoder.get(END_OF_TEXT)  # None in a vocabulary without it
+        self.eot_id = self.bos_id = encoder.get(END_OF_TEXT)
+        self.added = dict(added or {})
+        self.special = dict(special or {})
+        if END_OF_TEXT in encoder.keys() - self.added.keys():
+            self.special.setdefault(END_OF_TEXT, f"({regex.escape(END_OF_TEXT)})")
+        self._find_added, self._find_all = any_of(self.added), any_of(self.added | self.special)
         self._cache: dict[str, list[int]] = {}
         if self.decoder.keys() != set(range(len(encoder))):
             raise ValueError("the vocabulary's ids must be 0, 1, 2 and so on, each once")
         made = set(map("".join, self.bpe_ranks))
         if missing := made.union(*self.bpe_ranks) - encoder.keys():
             raise ValueError(f"the merges name {min(missing)!r}, which is not in the vocabulary")
-        orphans = encoder.keys() - made - BYTE_DECODER.keys()
+        orphans = encoder.keys() - made - BYTE_DECODER.keys() - self.added.keys() - self.special.keys()
         if orphans := [token for token in orphans if not SPECIAL.fullmatch(token)]:
             raise ValueError(f"no merge makes {min(orphans)!r}, which is in the vocabulary and no special token")
         if missing := BYTE_DECODER.keys() - encoder.keys():
@@ -69,9 +86,15 @@ class Encoder:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The token ids of `text`. `<|endoftext|>` is ordinary text in it, or with `allow_special` the one token."""
-        if allow_special and self.eot_id is not None:
-            first, *rest = text.split(END_OF_TEXT)
-            return self.encode(first) + [i for part in rest for i in (self.eot_id, *self.encode(part))]
+        pattern = self._find_all if allow_special else self._find_added
+        if pattern is None:
+            return self._encode_words(text)
+        ids = []
+        for i, part in enumerate(pattern.split(text)):  # text, token, text, token, ..., text
+            ids += [self.encoder[part]] if i % 2 else self._encode_words(part)
+        return ids
+
+    def _encode_words(self, text: str) -> list[int]:
         ids: list[int] = []
         for word in split_words(text):
             if (word_ids := self._cache.get(word)) is None:
@@ -115,8 +138,11 @@ class Encoder:
         """The bytes that the token with id `i` stands for; ValueError if there is none."""
         if i not in self.decoder:
             raise ValueError(f"token id {i} is not in the vocabulary, whose ids are 0 to {len(self.decoder) - 1}")
-        # A special token may have characters of its own.
-        return b"".join(bytes([BYTE_DECODER[c]]) if c in BYTE_DECODER else c.encode() for c in self.decoder[i])
+        token = self.decoder[i]
+        if token in self.added or token in self.special:
+            return token.encode()
+        # A special token that is not declared so may have characters of its own.
+        return b"".join(bytes([BYTE_DECODER[c]]) if c in BYTE_DECODER else c.encode() for c in token)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; ValueError for an id that is not in the vocabulary."""

@@ -12,7 +12,18 @@ import numpy as np
 from numpy import ndarray as Array
 
 from encoder import Encoder
-from gpt2 import causal_attention, check_ids, gelu, gpt2, hidden_states, layer_norm, linear, matmul, split_heads
+from gpt2 import (
+    causal_attention,
+    check_ids,
+    gelu,
+    gpt2,
+    hidden_states,
+    layer_norm,
+    linear,
+    matmul,
+    split_heads,
+    to_logits,
+)
 from pictures import (
     attention_figure,
     check_out,
@@ -64,7 +75,7 @@ def trace(inputs: Array, params: dict, n_head: int) -> dict[str, Array]:
         for name, array in layer.items():
             found.setdefault(name, np.empty((n_layer, *array.shape), array.dtype))[i] = array
     found["hidden_states"] = layer_norm(x, **params["ln_f"])
-    found["logits"] = matmul(found["hidden_states"], wte.T)
+    found["logits"] = to_logits(found["hidden_states"], **params)
     return found
 
 
@@ -109,7 +120,7 @@ def logit_lens(trace: dict[str, Array], params: dict) -> dict[str, Array]:
     answers = trace["logits"].argmax(axis=-1)
     ids, probabilities, ranks = [], [], []
     for x in trace["residual"]:
-        logits = matmul(layer_norm(x, **params["ln_f"]), params["wte"].T)  # -> [..., n_seq, n_vocab]
+        logits = to_logits(layer_norm(x, **params["ln_f"]), **params)  # -> [..., n_seq, n_vocab]
         ids.append(logits.argmax(axis=-1))
         probabilities.append(np.exp(logits.max(axis=-1) - log_sum_exp(logits)))
         ranks.append(rank_of(logits, answers))
@@ -149,8 +160,9 @@ def attribution(
     ids = trace["logits"][..., position, :].argmax(axis=-1) if token is None else np.asarray(token)
     check_ids(np.atleast_1d(ids), n_vocab, ids.size)
     x = trace["residual"][-1][..., position, :].astype(np.float64)  # [..., n_embd]
-    scale = params["ln_f"]["g"] / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)  # layer_norm's eps
-    direction = params["wte"][ids] * scale  # [..., n_embd]
+    scale = params["ln_f"]["g"] / np.sqrt(x.var(axis=-1, keepdims=True) + params["ln_f"].get("eps", 1e-5))
+    output = params.get("lm_head", params["wte"])[ids]  # [..., n_embd]
+    direction = output * scale  # [..., n_embd]
     direction -= direction.mean(axis=-1, keepdims=True)  # so that the mean, which ln_f takes from x, adds nothing
 
     def part(contribution: Array) -> Array:
@@ -168,7 +180,7 @@ def attribution(
         "heads": (projected * direction[..., None, :]).sum(axis=-1),
         "attn_bias": np.stack([part(c_proj["b"]) for c_proj in projections]),
         "mlp": part(trace["ffn"][..., position, :]),
-        "ln_f_bias": (params["wte"][ids] * params["ln_f"]["b"]).sum(axis=-1, dtype=np.float64),
+        "ln_f_bias": (output * params["ln_f"]["b"]).sum(axis=-1, dtype=np.float64),
     }
 
 
@@ -207,7 +219,8 @@ def look(prompt: str, model_size: str, models_dir: str) -> tuple[Encoder, list[i
     from cli import prompt_ids  # late: who only calls the functions needs no command line
 
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    params["wte"] = params["wte"][: len(encoder.encoder)]  # without padding, which stands for no token
+    for table in params.keys() & {"wte", "lm_head"}:
+        params[table] = params[table][: len(encoder.encoder)]  # without padding, which stands for no token
     return encoder, prompt_ids(prompt, encoder), params, hparams["n_head"]
 
 
@@ -227,7 +240,7 @@ def show_next(prompt: str, k: int = 10, model_size: str = "124M", models_dir: st
     check_count("k", k, least=1)
     encoder, ids, params, n_head = look(prompt, model_size, models_dir)
     states = hidden_states(ids, **params, n_head=n_head)
-    likeliest = next_tokens(check_logits(matmul(states[-1:], params["wte"].T)[0]), k)
+    likeliest = next_tokens(check_logits(to_logits(states[-1:], **params)[0]), k)
     labels = token_labels(likeliest[0], encoder)
     rows = [(f"{p:.2%}", "█" * round(40 * p), str(i), label) for i, p, label in zip(*likeliest, labels, strict=True)]
     print_table({"probability": "right", "": "left", "id": "right", "token": "left"}, rows)

@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError(f"int8 needs Numba: pip install -r requirements-fast.txt ({error})") from error
 
 from files import homes_of, locked, sweep
-from utils import WEIGHTS, flatten, map_leaves, map_tensors, save_tensors, tensor_name
+from utils import WEIGHTS, is_huggingface, map_leaves, map_tensors, save_tensors, tensor_name, tensors_of
 
 INT8_WEIGHTS = "model.int8.safetensors"
 MOST_ROWS = 48  # of x, for which `multiply` is faster than to make float32 of w and have BLAS multiply
@@ -158,9 +158,12 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     return quantized, scale
 
 
+TABLES = (("wte",), ("lm_head",))  # their rows stand for tokens, and are as they are; of other matrices, the columns
+
+
 def is_matrix(path: tuple) -> bool:
     """Whether the parameter at `path` becomes int8."""
-    return path == ("wte",) or path[-1] == "w"
+    return path in TABLES or path[-1] == "w"
 
 
 def quantize(params: dict) -> dict:
@@ -169,7 +172,7 @@ def quantize(params: dict) -> dict:
     def convert(path: tuple, array: Array) -> Array | Int8:
         if not is_matrix(path):
             return array
-        transposed = path != ("wte",)
+        transposed = path not in TABLES
         return Int8(*quantize_rows(array.T if transposed else array), transposed)
 
     return map_leaves(convert, params)
@@ -178,7 +181,7 @@ def quantize(params: dict) -> dict:
 def to_tensors(params: dict) -> dict[str, Array]:
     """The tensors of `model.int8.safetensors`: of a matrix its rows, by Hugging Face's name, and its `.scale`."""
     tensors = {}
-    for name, leaf in flatten(params, tensor_name).items():
+    for name, leaf in tensors_of(params).items():
         tensors |= {name: leaf.rows, f"{name}.scale": leaf.scale} if isinstance(leaf, Int8) else {name: leaf}
     return tensors
 
@@ -187,10 +190,12 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
     """`quantize(params)` from its tensors; KeyError or ValueError if they are not what it would have."""
 
     def find(path: tuple, array: Array) -> Array | Int8:
+        if isinstance(array, float):
+            return array  # an eps
         name = tensor_name(path)
         found = tensors[name]
         if is_matrix(path):
-            found = Int8(found, tensors[f"{name}.scale"], transposed=path != ("wte",))
+            found = Int8(found, tensors[f"{name}.scale"], transposed=path not in TABLES)
             if (found.rows.dtype, found.scale.dtype, found.scale.shape) != (np.int8, np.float32, found.rows.shape[:1]):
                 raise ValueError(f"{name} is not int8 with a scale for each row")
         if (found.shape, found.dtype) != (array.shape, array.dtype):
@@ -200,9 +205,9 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
     return map_leaves(find, params)
 
 
-def fingerprint(path: Path, params: dict) -> str:
-    """What tells other weights from these without reading them: size and time of their file, and some of the norms."""
-    digest = hashlib.sha256(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+def fingerprint(paths: list[Path], params: dict) -> str:
+    """What tells other weights from these without reading them: size and time of their files, and some of the norms."""
+    digest = hashlib.sha256(" ".join(f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths).encode())
     for norm in (params["blocks"][0]["ln_1"], params["ln_f"]):
         digest.update(norm["g"].tobytes() + norm["b"].tobytes())
     return digest.hexdigest()
@@ -215,8 +220,13 @@ def map_quantized(directory: Path, params: dict) -> dict:
     user's cache; where it cannot be written, the weights stay in memory.
     """
     homes = homes_of(directory)
-    weights = next(home / WEIGHTS for home in homes if (home / WEIGHTS).is_file())
-    source = {"source": fingerprint(weights, params)}
+    if is_huggingface(directory):
+        from huggingface import CONFIG, weight_files
+
+        files = [directory / CONFIG, *weight_files(directory)]
+    else:
+        files = [home / WEIGHTS for home in homes if (home / WEIGHTS).is_file()][:1]
+    source = {"source": fingerprint(files, params)}
 
     def find() -> dict | None:
         for path in (home / INT8_WEIGHTS for home in homes):

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from backprop import gpt2_loss
+from cli import read_document
 from encoder import END_OF_TEXT, Encoder, get_encoder, train_bpe
 from files import replacing, sweep
 from gpt2 import generate
@@ -333,17 +334,6 @@ def report(losses: dict[str, float], tokens_per_char: float, sample: str) -> Non
     print(sample)
 
 
-def read_document(path: str) -> str:
-    """The text in a file; ValueError if it is empty or not UTF-8."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
-    if not text:
-        raise ValueError(f"{path} is empty")
-    return text
-
-
 def choose_settings(given: dict, begun: dict) -> dict:
     """All settings, of which `given` are from the command line and `begun` from the training that is resumed.
 
@@ -375,7 +365,16 @@ def choose_tokenizer(settings: dict, text: str) -> Encoder:
     if settings["init_from"] and settings["encoder"]:
         raise ValueError("the model to start from has its own tokenizer: leave out --init_from or --encoder")
     if source := settings["init_from"] or settings["encoder"]:
-        return get_encoder(source)
+        encoder = get_encoder(source)
+        # Of what a tokenizer of Hugging Face may have, encoder.json and vocab.bpe cannot hold this.
+        if (
+            encoder.added
+            or encoder.special.keys() - {END_OF_TEXT}
+            or encoder.eot_id != encoder.encoder.get(END_OF_TEXT)
+        ):
+            odd = ", ".join([*encoder.added, *encoder.special.keys() - {END_OF_TEXT}]) or "another end of text"
+            raise ValueError(f"{source}: its tokenizer has {odd[:80]}, which a model trained here cannot keep")
+        return encoder
     return Encoder(*train_bpe(text.replace(END_OF_TEXT, "\n"), settings["n_vocab"]))
 
 
@@ -383,6 +382,8 @@ def begin(settings: dict, given: dict, n_vocab: int) -> tuple[dict, dict, dict]:
     """A new training: its hyperparameters, vectors and record, as for `train`."""
     if settings["init_from"]:
         _, hparams, params = load_encoder_hparams_and_params(settings["init_from"])
+        if odd := {"lm_head"} & params.keys() | {"eps"} & params["ln_f"].keys() | {"n_inner"} & hparams.keys():
+            raise ValueError(f"{settings['init_from']} has {' and '.join(odd)} of its own, which train.py cannot train")
         hparams["n_ctx"] = min(given.get("n_ctx", math.inf), hparams["n_ctx"])  # fewer positions are a smaller model
         params["wpe"] = params["wpe"][: hparams["n_ctx"]]
     else:

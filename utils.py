@@ -2,13 +2,15 @@
 
 It holds `encoder.json`, `vocab.bpe`, `hparams.json` and the weights: `model.safetensors`, with Hugging Face's tensor
 names, or OpenAI's TensorFlow checkpoint, of which `checkpoint.py` makes the former, once. From then on that file is
-memory-mapped, so that nothing is copied and all processes share the same pages.
+memory-mapped, so that nothing is copied and all processes share the same pages. Or it is as Hugging Face has them, with
+a `config.json`: those are read by `huggingface.py`.
 """
 
 import contextlib
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,10 +23,14 @@ CODE = Path(__file__).parent
 RELEASED = ("124M", "355M", "774M", "1558M")
 TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 WEIGHTS, CHECKPOINT_INDEX = "model.safetensors", "model.ckpt.index"
-DTYPES = {"F32": "<f4", "I8": "|i1"}  # safetensors' names of the types that are written here
+# Safetensors' names of types. NumPy has no bfloat16: it is two bytes by that name, the upper half of a float32.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
+WRITTEN = {"<f4": "F32", "|i1": "I8"}
 BLOCK = 2**21  # bytes, of a huge page
 # Numbers beyond these are damage, and could take all memory before anything else tells.
 LARGEST = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}
+HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a model of Hugging Face
 MEND = "delete it, and get it again"
 
 
@@ -33,10 +39,15 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
 
     What a released model lacks is downloaded, and its checkpoint converted. `params` is nested as the checkpoint's
     names are: {"wte", "wpe", "ln_f": {"g", "b"}, "blocks": [{"ln_1", "attn", "ln_2", "mlp"}, ...]}; its arrays are
-    float32, memory-mapped and read-only. Raises FileNotFoundError for a model or file that is not there, ValueError for
-    one that is damaged or does not fit the others, OSError for a failed download, ImportError if TensorFlow is missing.
+    float32, read-only, and memory-mapped if the file has them so. Raises FileNotFoundError for a model or file that is
+    not there, ValueError for one that is damaged or does not fit the others, OSError for a failed download, ImportError
+    if TensorFlow, or what Hugging Face's models need, is missing.
     """
     directory = find_model(model_size, models_dir, (*TOKENIZER_FILES, "hparams.json"))
+    if is_huggingface(directory):
+        from huggingface import load_model  # late, as `find_weights`: most runs need neither
+
+        return load_model(directory, str(model_size))
     encoder = read_encoder(directory)
     hparams = read_hparams(directory / "hparams.json")
     n_tokens, n_vocab = len(encoder.encoder), hparams["n_vocab"]
@@ -46,7 +57,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
     shapes = param_shapes(hparams)
     weights = directory / WEIGHTS
     if not weights.is_file() or (directory / CHECKPOINT_INDEX).exists():
-        from checkpoint import find_weights  # late, as `fetch`: most runs find all that they need
+        from checkpoint import find_weights
 
         weights = find_weights(directory, count_bytes(shapes), released=str(model_size) in RELEASED)
     return encoder, hparams, map_params(weights, shapes)
@@ -55,8 +66,9 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
 def find_model(model_size: str, models_dir: str = "models", files: Sequence[str] = ()) -> Path:
     """The directory of a model; of a released one, also download those of `files` that are missing.
 
-    `model_size` is a name in `models_dir` (relative to the current directory, else to this file's) or the path of an
-    existing directory. Raises FileNotFoundError if it is neither, nor a released model.
+    `model_size` is a name in `models_dir` (relative to the current directory, else to this file's), the path of an
+    existing directory, or else the name of a model of Hugging Face, owner/model, of which all but the weights is
+    downloaded. Raises FileNotFoundError if it is none of these, nor a released model.
     """
     name = str(model_size)
     homes = [Path(models_dir), CODE / models_dir]
@@ -75,15 +87,29 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     for place in places:
         if place.is_dir():
             return place
+    if re.fullmatch(HUB_NAME, name):
+        from huggingface import fetch_model
+
+        return fetch_model(name)
     here = {path.name for home in homes for path in home.glob("*") if path.is_dir()}
     raise FileNotFoundError(
         f"there is no model {name!r}. Released models, downloaded when first used: {', '.join(RELEASED)}; "
-        f"models in {models_dir}: {', '.join(sorted(here)) or 'none'}; or give the path of a model directory"
+        f"models in {models_dir}: {', '.join(sorted(here)) or 'none'}; or give the path of a model directory, or the "
+        "name of a model of Hugging Face, such as distilbert/distilgpt2"
     )
 
 
+def is_huggingface(directory: Path) -> bool:
+    """Whether a model directory is as Hugging Face has them."""
+    return (directory / "config.json").is_file() and not (directory / "hparams.json").is_file()
+
+
 def read_encoder(directory: Path) -> Encoder:
-    """The tokenizer of a model directory; ValueError if its two files are damaged or do not fit together."""
+    """The tokenizer of a model directory; ValueError if its files are damaged or do not fit together."""
+    if is_huggingface(directory):
+        from huggingface import read_tokenizer
+
+        return read_tokenizer(directory)
     encoder, merges = read_vocabulary(directory / "encoder.json"), read_merges(directory / "vocab.bpe")
     try:
         tokenizer = Encoder(encoder, merges)
@@ -115,11 +141,16 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
 
 def read_hparams(path: Path) -> dict[str, int]:
     """The hyperparameters in `hparams.json`; ValueError if they describe no GPT-2."""
-    hparams = read_json(path)
+    return check_hparams(path, read_json(path))
+
+
+def check_hparams(path: Path, hparams: dict[str, int], names: dict[str, str] | None = None) -> dict[str, int]:
+    """`hparams`, if they describe a GPT-2, else ValueError with the `names` that they have in the file at `path`."""
     for name, most in LARGEST.items():
         value = hparams.get(name)
         if type(value) is not int or not 1 <= value <= most:
             shown = "missing" if value is None else repr(value)[:40]
+            name = (names or {}).get(name, name)
             raise ValueError(
                 f"{path} is damaged: {name} must be a whole number from 1 to {most:,}, and is {shown}; {MEND}"
             )
@@ -156,8 +187,9 @@ def read_text(path: Path) -> str:
 
 
 def param_shapes(hparams: dict[str, int]) -> dict:
-    """The shapes of all parameters, nested as the parameters are."""
+    """The shapes of all parameters, nested as the parameters are; the MLP is 4 * n_embd wide, or n_inner."""
     n_embd = hparams["n_embd"]
+    n_inner = hparams.get("n_inner", 4 * n_embd)
 
     def norm() -> dict:
         return {"g": (n_embd,), "b": (n_embd,)}
@@ -169,7 +201,7 @@ def param_shapes(hparams: dict[str, int]) -> dict:
         "ln_1": norm(),
         "attn": {"c_attn": dense(n_embd, 3 * n_embd), "c_proj": dense(n_embd, n_embd)},
         "ln_2": norm(),
-        "mlp": {"c_fc": dense(n_embd, 4 * n_embd), "c_proj": dense(4 * n_embd, n_embd)},
+        "mlp": {"c_fc": dense(n_embd, n_inner), "c_proj": dense(n_inner, n_embd)},
     }
     return {
         "wte": (hparams["n_vocab"], n_embd),
@@ -206,8 +238,13 @@ def count_bytes(shapes: dict) -> int:
     return 4 * sum(map(math.prod, flatten(shapes, tensor_name).values()))
 
 
-def check_tensors(source: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    """Raise ValueError, naming them, unless the tensors in `source` have the expected names and shapes."""
+def tensors_of(params: dict) -> dict[str, np.ndarray]:
+    """The arrays in `params`, by Hugging Face's names; an `eps` is no tensor."""
+    return {name: leaf for name, leaf in flatten(params, tensor_name).items() if not isinstance(leaf, float)}
+
+
+def check_tensors(source: Path, found: dict[str, tuple], expected: dict[str, tuple], config: str) -> None:
+    """Raise ValueError, naming them, unless the tensors in `source` have the names and shapes that `config` implies."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not part of a GPT-2 of this size" for name in found.keys() - expected.keys()]
     problems += [
@@ -218,7 +255,7 @@ def check_tensors(source: Path, found: dict[str, tuple], expected: dict[str, tup
     if problems:
         more = f", and {len(problems) - 3} more such" if len(problems) > 3 else ""
         problem = f"{'; '.join(sorted(problems)[:3])}{more}"
-        raise ValueError(f"{source} does not fit hparams.json: {problem}; get both again")
+        raise ValueError(f"{source} does not fit {config}: {problem}; get both again")
 
 
 def map_params(path: Path, shapes: dict) -> dict:
@@ -226,12 +263,29 @@ def map_params(path: Path, shapes: dict) -> dict:
 
     Raises ValueError if the file is damaged, or a tensor's name, shape or type is not what `shapes` asks for.
     """
-    tensors, _ = map_tensors(path)
-    for name, array in tensors.items():
-        if array.dtype != DTYPES["F32"]:
-            raise ValueError(f"{path}: {name} has the type {array.dtype}, not float32")
-    check_tensors(path, {name: array.shape for name, array in tensors.items()}, flatten(shapes, tensor_name))
-    return map_leaves(lambda path, shape: tensors[tensor_name(path)], shapes)
+    return nest_tensors(path, map_tensors(path)[0], shapes, "hparams.json")
+
+
+def nest_tensors(source: Path, tensors: dict[str, np.ndarray], shapes: dict, config: str) -> dict:
+    """`tensors`, that were found in `source`, as read-only float32 and nested as `shapes`, which `config` implies."""
+    check_tensors(source, {name: array.shape for name, array in tensors.items()}, flatten(shapes, tensor_name), config)
+
+    def find(path: tuple, shape: tuple) -> np.ndarray:
+        name = tensor_name(path)
+        array = to_float32(tensors[name])
+        if array is None:
+            raise ValueError(f"{source}: {name} has the type {tensors[name].dtype}, not float32, float16 or bfloat16")
+        array.flags.writeable = False
+        return array
+
+    return map_leaves(find, shapes)
+
+
+def to_float32(array: np.ndarray) -> np.ndarray | None:
+    """A float32 array as it is, one of float16 or bfloat16 widened, which changes no number; None for other types."""
+    if array.dtype == BFLOAT16:
+        return (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False) if array.dtype in (np.float32, np.float16) else None
 
 
 def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -288,11 +342,10 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     Unlike the library's its data begin on a page, and are written in blocks that Linux can later map as huge pages:
     with both, a token of mapped weights takes 7% less time.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
     header, n_bytes = {"__metadata__": metadata}, 0
     for name, array in tensors.items():
         offsets = [n_bytes, n_bytes := n_bytes + array.nbytes]
-        header[name] = {"dtype": names[array.dtype.str], "shape": array.shape, "data_offsets": offsets}
+        header[name] = {"dtype": WRITTEN[array.dtype.str], "shape": array.shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 4096)
     parts = [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)]
@@ -316,7 +369,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str,
 
 def save_params(path: Path, params: dict) -> None:
     """Write `params` as `model.safetensors` has them: with Hugging Face's tensor names."""
-    save_tensors(path, flatten(params, tensor_name), {"format": "pt"})
+    save_tensors(path, tensors_of(params), {"format": "pt"})
 
 
 def save_model(directory: Path, encoder: Encoder, hparams: dict[str, int], params: dict) -> None:

@@ -23,7 +23,7 @@ from checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, fetch, find_weights, i
 from faulty_server import Answer
 from files import homes_of, locked
 from helpers import ROOT, TINY, as_any_user, assert_same_params, run, write_checkpoint, write_model
-from utils import CHECKPOINT_INDEX, WEIGHTS, load_encoder_hparams_and_params, map_tensors, save_tensors
+from utils import CHECKPOINT_INDEX, WEIGHTS, find_model, load_encoder_hparams_and_params, map_tensors, save_tensors
 
 TABLES = ("encoder.json", "vocab.bpe")
 ALL_FILES = {*TABLES, "hparams.json", *CHECKPOINT_FILES}
@@ -583,6 +583,7 @@ def test_models_dir_may_be_a_file(mirror, tmp_path):
 @pytest.mark.parametrize("name", ["../124M", "124M/../124M", "124M\0", "models/124M", "./124M"])
 def test_a_name_never_leads_a_download_out_of_models_dir(mirror, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface.fetch_model", lambda name: find_model("nothing"))
     with pytest.raises(FileNotFoundError, match="there is no model"):
         load_encoder_hparams_and_params(name, "models")
     assert mirror.requests == []

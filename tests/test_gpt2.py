@@ -153,6 +153,7 @@ def test_float32_stays_float32_in_every_function(tiny_params, ids):
         "mha": mha(x, **block["attn"], n_head=N_HEAD),
         "transformer_block": transformer_block(x, **block, n_head=N_HEAD),
         "hidden_states": hidden_states(ids, **tiny_params, n_head=N_HEAD),
+        "to_logits": module.to_logits(x, **tiny_params),
         "gpt2": gpt2(ids, **tiny_params, n_head=N_HEAD),
         "new_cache": cache["kv"],
     }

@@ -117,7 +117,7 @@ def test_so_does_its_loss_on_the_last_tenth_of_its_text(shakespeare):
 
 
 def leaves_of(params):
-    return {name: np.asarray(leaf) for name, leaf in module.flatten(params, module.tensor_name).items()}
+    return {name: np.asarray(leaf) for name, leaf in module.tensors_of(params).items()}
 
 
 def assert_same(found, expected):

@@ -64,7 +64,7 @@ def test_mapped_weights_are_read_only_float32_on_the_files_pages(tiny_model, tin
             lambda t: t.update({"wpe.weight": t["wpe.weight"][1:].copy()}),
             r"wpe.weight has the shape \[31, 48\], not \[32, 48\]",
         ),
-        (lambda t: t.update({"ln_f.bias": t["ln_f.bias"].astype(np.float16)}), "ln_f.bias has the type F16"),
+        (lambda t: t.update({"ln_f.bias": t["ln_f.bias"].astype(np.float64)}), "ln_f.bias has the type F64"),
         (lambda t: t.clear(), "and 25 more such"),
     ],
 )
@@ -188,7 +188,7 @@ LIES = {
     "a length beyond the file": header_of({"a": tensor(0, 32)}, length=2**20),
     "no length": header_of({"a": tensor(0, 32)}, length=0),
     "too many bytes for the type": header_of({"a": tensor(0, 32, dtype="F16")}),
-    "another type": header_of({"a": tensor(0, 32, [16], dtype="F16")}),
+    "another type": header_of({"a": tensor(0, 32, [4], dtype="F64")}),
     "an unknown type": header_of({"a": tensor(0, 32, dtype="pickle")}),
     "a name twice": header_of(json.dumps({"a": tensor(0, 32), "b": tensor(0, 32)}).replace('"b"', '"a"').encode()),
     "nested": header_of(b'{"a":' + b"[" * 100_000),
@@ -377,7 +377,7 @@ def test_a_name_is_looked_up_in_models_dir_then_beside_the_code_then_as_a_path(t
     assert find_model("124M") == beside / "models" / "124M"
 
 
-@pytest.mark.parametrize("name", ["125M", "", "../nothing", "a/b", "a\0b", "124M/", "/nowhere"])
+@pytest.mark.parametrize("name", ["125M", "", "../nothing", "a\0b", "124M/", "/nowhere"])
 def test_an_unknown_model_is_refused_with_a_list_of_the_known(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils, "CODE", tmp_path / "code")
