@@ -20,6 +20,7 @@ from encoder import Encoder
 from gpt2 import check_ids, hidden_states, matmul, to_logits
 from pictures import print_table
 from prefill import blas, n_blas_threads, one_at_a_time
+from sampling import log_sum_exp
 from utils import load_encoder_hparams_and_params
 
 VOCABULARY_BLOCK = 1024  # tokens whose logits are there at a time: with 1,024 positions 4 MB, which stay in the cache
@@ -177,9 +178,11 @@ def last_words(texts: Sequence[str], encoder: Encoder, params: dict, n_head: int
             raise ValueError(f"{text[:40]!r} has no word before its last one")
         ((ids, n_scored),) = continuations(encoder, context, [text])
         ids = np.asarray(ids[-params["wpe"].shape[0] - 1 :])
-        states = hidden_states(ids[:-1], **params, n_head=n_head)[-n_scored:]
-        likeliest = to_logits(states, **params)[:, : len(encoder.encoder)].argmax(axis=-1)
-        return np.array_equal(likeliest, ids[-n_scored:]), -token_losses(ids, params, n_head, n_scored).sum()
+        n_scored = min(n_scored, len(ids) - 1)
+        logits = to_logits(hidden_states(ids[:-1], **params, n_head=n_head)[-n_scored:], **params)
+        likeliest = logits[:, : len(encoder.encoder)].argmax(axis=-1)  # without padding, which stands for no token
+        log_p = logits[np.arange(n_scored), ids[-n_scored:]] - log_sum_exp(logits)
+        return np.array_equal(likeliest, ids[-n_scored:]), log_p.sum()
 
     is_right, log_probabilities = zip(*on_all_cores(compute, texts), strict=True)
     return np.array(is_right), np.array(log_probabilities)

@@ -37,7 +37,7 @@ from pictures import (
     stage_names,
     token_labels,
 )
-from sampling import check_count, to_probabilities
+from sampling import check_count, log_sum_exp, to_probabilities
 from utils import load_encoder_hparams_and_params
 
 N_LIKELIEST = 200  # tokens of each position in a report; the others are one row
@@ -91,12 +91,6 @@ def trace_block(x: Array, mlp: dict, attn: dict, ln_1: dict, ln_2: dict, n_head:
         "q": q, "k": k, "v": v, "attention": weights, "heads": heads, "mha": mha,
         "activations": activations, "ffn": linear(activations, **mlp["c_proj"]),
     }  # fmt: skip
-
-
-def log_sum_exp(x: Array) -> Array:
-    """log(sum(exp(x))) over the last axis, in float64."""
-    largest = x.max(axis=-1, keepdims=True)
-    return largest[..., 0] + np.log(np.exp(x - largest, dtype=np.float64).sum(axis=-1))
 
 
 def rank_of(logits: Array, ids: Array) -> Array:

@@ -52,6 +52,12 @@ def apply_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     return np.where(kept, logits, -np.inf)
 
 
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """log(sum(exp(logits))) over the last axis, in float64: less it, a logit is the log of its probability."""
+    largest = logits.max(axis=-1, keepdims=True)
+    return largest[..., 0] + np.log(np.exp(logits - largest, dtype=np.float64).sum(axis=-1))
+
+
 def to_probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax in float64, where 50,257 probabilities add up to 1 to 13 digits."""
     exp = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
