@@ -372,7 +372,7 @@ def choose_tokenizer(settings: dict, text: str) -> Encoder:
             or encoder.special.keys() - {END_OF_TEXT}
             or encoder.eot_id != encoder.encoder.get(END_OF_TEXT)
         ):
-            odd = ", ".join([*encoder.added, *encoder.special.keys() - {END_OF_TEXT}]) or "another end of text"
+            odd = ", ".join([*encoder.added, *sorted(encoder.special.keys() - {END_OF_TEXT})]) or "another end of text"
             raise ValueError(f"{source}: its tokenizer has {odd[:80]}, which a model trained here cannot keep")
         return encoder
     return Encoder(*train_bpe(text.replace(END_OF_TEXT, "\n"), settings["n_vocab"]))
@@ -383,7 +383,9 @@ def begin(settings: dict, given: dict, n_vocab: int) -> tuple[dict, dict, dict]:
     if settings["init_from"]:
         _, hparams, params = load_encoder_hparams_and_params(settings["init_from"])
         if odd := {"lm_head"} & params.keys() | {"eps"} & params["ln_f"].keys() | {"n_inner"} & hparams.keys():
-            raise ValueError(f"{settings['init_from']} has {' and '.join(odd)} of its own, which train.py cannot train")
+            raise ValueError(
+                f"{settings['init_from']} has {' and '.join(sorted(odd))} of its own, which train.py cannot train"
+            )
         hparams["n_ctx"] = min(given.get("n_ctx", math.inf), hparams["n_ctx"])  # fewer positions are a smaller model
         params["wpe"] = params["wpe"][: hparams["n_ctx"]]
     else:

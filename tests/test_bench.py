@@ -9,6 +9,7 @@ import pytest
 import bench
 from gpt2 import generate
 from helpers import BUNDLED, TINY, run, write_model, write_tables
+from huggingface import export
 from utils import load_encoder_hparams_and_params, param_shapes
 
 ROWS = [
@@ -189,12 +190,20 @@ def test_an_int8_model_is_measured_where_numba_is(quick, monkeypatch, model):
 
 
 @pytest.mark.reference
+@pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("kind", ["transformers", "f32", "q8_0"])
-def test_peers_compute_the_same_model(kind, shakespeare, tmp_path):
+def test_peers_compute_the_same_model(kind, shakespeare, tmp_path, exported):
     for module in ("transformers",) if kind == "transformers" else ("llama_cpp", "gguf"):
         pytest.importorskip(module)
-    encoder, hparams, params = shakespeare
-    model = SimpleNamespace(directory=BUNDLED, encoder=encoder, hparams=hparams, params=params, remarks=[])
+    if exported:
+        directory = tmp_path / "exported"
+        export(str(BUNDLED), str(directory))
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
+        encoder, hparams, params = load_encoder_hparams_and_params(str(directory))
+    else:
+        directory, (encoder, hparams, params) = BUNDLED, shakespeare
+    model = SimpleNamespace(directory=directory, encoder=encoder, hparams=hparams, params=params, remarks=[])
     engine = (
         bench.transformers_engine(model) if kind == "transformers" else bench.llama_cpp_engine(model, tmp_path, kind)
     )

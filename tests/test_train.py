@@ -21,6 +21,7 @@ from safetensors import safe_open
 import train
 from gpt2 import gpt2, softmax
 from helpers import ROOT, TINY, run
+from huggingface import export
 from train import main, view_as
 from utils import flatten, load_encoder_hparams_and_params, map_leaves, param_shapes, tensor_name
 
@@ -424,6 +425,38 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(text, tmp_path, tiny_mod
     assert float(rows[-1]["validation_loss"]) < before
     assert max(float(row["learning_rate"]) for row in rows) <= 1e-4
     assert np.abs(params["wte"] - tiny_params["wte"]).max() < 0.01
+
+
+def test_a_model_of_hugging_face_can_be_trained_on(text, tmp_path, tiny_model, tiny_params):
+    export(str(tiny_model), str(tmp_path / "exported"))
+    main(text, str(tmp_path / "m"), init_from=str(tmp_path / "exported"), max_steps=1, batch_size=2)
+    _, hparams, params = load_encoder_hparams_and_params(str(tmp_path / "m"))
+    assert hparams == TINY
+    assert 0 < np.abs(params["wte"] - tiny_params["wte"]).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "complaint"),
+    [
+        ("config.json", {"layer_norm_epsilon": 1e-3}, "has eps of its own, which train.py cannot train"),
+        ("config.json", {"eos_token_id": 5}, "its tokenizer has another end of text"),
+        ("added_tokens.json", {"[PAD]": 299}, r"its tokenizer has \[PAD\], which a model trained here cannot keep"),
+    ],
+)
+def test_of_a_model_of_hugging_face_what_cannot_be_kept_is_refused_before_training(
+    text, tmp_path, tiny_model, file, change, complaint
+):
+    directory = tmp_path / "exported"
+    export(str(tiny_model), str(directory))
+    found = json.loads((directory / file).read_text()) if (directory / file).exists() else {}
+    if file == "added_tokens.json":  # in the place of <|endoftext|>
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            content = (directory / name).read_text(encoding="utf-8")
+            (directory / name).write_text(content.replace("<|endoftext|>", "[PAD]"), encoding="utf-8")
+    (directory / file).write_text(json.dumps(found | change))
+    with pytest.raises(ValueError, match=complaint):
+        main(text, str(tmp_path / "m"), init_from=str(directory), max_steps=1)
+    assert not (tmp_path / "m").exists()
 
 
 def test_the_shape_of_a_model_to_start_from_is_its_own(text, tmp_path, tiny_model):
