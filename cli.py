@@ -4,7 +4,6 @@ Left alone, fire reads an argument as Python or as a flag: the prompts `2019`, `
 number, a list and an error. So arguments are sorted here, by the function's own signature, before fire sees them.
 """
 
-import codecs
 import contextlib
 import difflib
 import inspect
@@ -54,13 +53,21 @@ def refuse(main: Callable, problem: str) -> NoReturn:
     sys.exit(f"{script()}: {problem}\n{usage(main)}")
 
 
+def nearest(text: str, flags: Iterable[str]) -> str | None:
+    """Of `flags` the one that `text`, if it looks like one, may be meant to be."""
+    name = text.partition("=")[0]
+    if not name.startswith("--") or name == "--":
+        return None
+    near = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags)
+    return near[0] if near else None
+
+
 def surplus(extra: list[str], texts: list[str], flags: dict[str, Parameter]) -> str:
     """Say what is wrong with `texts`, of which there are more than asked for: a misspelt flag, or missing quotes."""
     for text in texts:
         if text.startswith("--"):
-            name = text.partition("=")[0]
-            near = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags)
-            return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "")
+            near = nearest(text, flags)
+            return f"unknown flag {text.partition('=')[0]}" + (f": did you mean {near}?" if near else "")
     return f"one argument too many, {extra[0]!r}: text of several words needs quotes around it"
 
 
@@ -68,8 +75,8 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
     """Sort `argv` into `--name=value` for each parameter of `main` that it sets.
 
     What is not exactly a flag, `--flag` or `--flag=value`, is text, whatever it starts with. A last parameter that is a
-    list takes all texts that are left, at least one, and its value is JSON. Prints the help and exits
-    if asked to; exits with status 1 and the usage for a missing, surplus or unknown argument.
+    list takes all texts that are left, at least one, and its value is JSON. Prints the help and exits if asked to;
+    exits with status 1 and the usage for a missing, surplus or unknown argument.
     """
     flags = {f"--{name}": parameter for name, parameter in parameters(main).items()}
     values, texts, rest = {}, [], list(argv)
@@ -95,12 +102,10 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
     if len(texts) < len(wanted):
         refuse(main, f"{wanted[len(texts)][2:].upper()} is missing")
     if wanted and flags[wanted[-1]].annotation == list[str]:
-        n_single = len(wanted) - 1
-        if odd := next(
-            (t for t in texts[n_single:] if t[:2] == "--" and " did you mean" in surplus([t], [t], flags)), None
-        ):
-            refuse(main, surplus([odd], [odd], flags))
-        texts[n_single:] = [json.dumps(texts[n_single:])]
+        several = texts[len(wanted) - 1 :]
+        if misspelt := [text for text in several if nearest(text, flags)]:
+            refuse(main, surplus(misspelt, misspelt, flags))
+        texts[len(wanted) - 1 :] = [json.dumps(several)]
     if len(texts) > len(wanted):
         refuse(main, surplus(texts[len(wanted) :], texts, flags))
     return [f"{flag}={value}" for flag, value in (values | dict(zip(wanted, texts, strict=True))).items()]
@@ -186,9 +191,8 @@ def read_document(path: str, errors: str = "strict") -> str:
     if path == "-" and sys.stdin is None:
         raise ValueError("there is no text to read: standard input is closed")
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        text = data.decode("utf-8", errors)
+        text = data.decode("utf-8", errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         place = f"byte {data[error.start]:#x} at offset {error.start:,}, in line {line:,}"

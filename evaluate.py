@@ -85,6 +85,8 @@ def text_losses(ids: list[int], params: dict, n_head: int, stride: int | None = 
     n_ctx = params["wpe"].shape[0]
     check_stride(stride, n_ctx)
     ids = np.asarray(ids)
+    if ids.ndim != 1:
+        raise ValueError(f"a text is one row of token ids, not an array of the shape {ids.shape}")
     spans = windows(len(ids), n_ctx, n_ctx if stride is None else stride)
     batches = []  # of windows with the same sizes
     for _, alike in itertools.groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
@@ -250,9 +252,10 @@ def show_options(context: str, options: list[str], model_size: str = "124M", mod
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     scores = option_scores(context, options, encoder, params, hparams["n_head"])
     check_finite(scores)
-    rows = [
-        (f"{scores[i]:.4f}", f"{scores[i] / len(texts[i].encode()):.4f}", repr(texts[i])) for i in np.argsort(-scores)
-    ]
+    rows = []
+    for i in np.argsort(-scores):
+        n_bytes = len(texts[i].encode("utf-8", "replace"))
+        rows.append((f"{scores[i]:.4f}", f"{scores[i] / n_bytes:.4f}", repr(texts[i])))
     print_table({"log p": "right", "per byte": "right", "option": "left"}, rows)
 
 

@@ -171,6 +171,11 @@ def test_a_stride_outside_the_context_is_refused_with_the_range(tiny_params, str
         text_losses(random_ids(50), tiny_params, N_HEAD, stride)
 
 
+def test_a_text_is_one_row(tiny_params):
+    with pytest.raises(ValueError, match=r"one row of token ids, not an array of the shape \(2, 30\)"):
+        text_losses(random_ids(2, 30), tiny_params, N_HEAD)
+
+
 def test_a_text_of_one_token_has_no_loss(tiny_params):
     with pytest.raises(ValueError, match="one token has no loss"):
         text_losses([5], tiny_params, N_HEAD)
