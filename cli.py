@@ -98,6 +98,7 @@ def sort_arguments(main: Callable, argv: list[str]) -> list[str]:
             refuse(main, f"{flag} needs a value")
         else:
             values[flag] = rest.pop(0)
+    values |= {flag: json.dumps([value]) for flag, value in values.items() if flags[flag].annotation == list[str]}
     wanted = [flag for flag, p in flags.items() if p.default is Parameter.empty and flag not in values]
     if len(texts) < len(wanted):
         refuse(main, f"{wanted[len(texts)][2:].upper()} is missing")

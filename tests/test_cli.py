@@ -104,6 +104,22 @@ def test_fire_hands_over_text_as_it_was_typed(prompt, monkeypatch):
     assert received == [prompt, prompt, 3, True]
 
 
+@pytest.mark.parametrize("prompt", ODD_PROMPTS)
+def test_several_texts_arrive_as_they_were_typed(prompt, monkeypatch):
+    received = []
+
+    def main(context: str, options: list[str], top_k: int = 0):
+        received.append((context, options, top_k))
+
+    for options in (["a", prompt, prompt], [prompt]):
+        monkeypatch.setattr(sys, "argv", ["x.py", "context", *options, "--top_k=3"])
+        cli.run(main)
+        assert received.pop() == ("context", options, 3)
+    monkeypatch.setattr(sys, "argv", ["x.py", "context", f"--options={prompt}"])
+    cli.run(main)
+    assert received == [("context", [prompt], 0)]
+
+
 @pytest.mark.parametrize("argv", [["--ignore_eot", "Hello"], ["Hello", "--ignore_eot"], ["--ignore_eot=True", "Hello"]])
 def test_a_switch_takes_no_value(argv):
     assert set(sort_arguments(gpt2.main, argv)) == {"--prompt=Hello", "--ignore_eot=True"}
