@@ -354,6 +354,11 @@ def fetch_weights(name: str, directory: Path) -> None:
             check_pytorch(directory / file)
         fetch([file])
         fetch([path.name for path in weight_files(directory)])
+    if is_offline() and not all(map(Path.is_file, weight_files(directory) or [directory / WEIGHTS])):
+        # huggingface_hub says so from 1.22 on
+        raise FileNotFoundError(
+            f"there is no directory {name}; its weights are not in the cache, and this run is offline"
+        )
 
 
 @contextlib.contextmanager
@@ -419,6 +424,7 @@ def describe(encoder: Encoder, hparams: dict, params: dict) -> dict[str, dict]:
     config |= {name: values[0] for name, values in ONLY.items() if values[0]}
     config |= {
         "architectures": ["GPT2LMHeadModel"], "dtype": "float32", "n_inner": hparams.get("n_inner"),
+        "n_ctx": hparams["n_ctx"],  # an old name of n_positions, which llama.cpp's converter asks for
         "layer_norm_epsilon": params["ln_f"].get("eps", DEFAULTS["layer_norm_epsilon"]),
         "tie_word_embeddings": "lm_head" not in params, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eot_id,
     }  # fmt: skip

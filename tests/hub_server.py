@@ -48,7 +48,7 @@ def make_handler(hub):
                 status, headers = hub.status, {"X-Error-Code": hub.code} if hub.code else {}
             elif path in (api, f"{api}/revision/main", f"{api}/revision/{SHA}"):
                 siblings = [{"rfilename": name} for name in hub.files]
-                body = json.dumps({"id": "owner/model", "sha": SHA, "siblings": siblings}).encode()
+                body = json.dumps({"id": "owner/model", "sha": SHA, "siblings": siblings, "private": False}).encode()
             elif path == f"{api}/tree/{SHA}":
                 entries = [
                     {"type": "file", "path": name, "size": len(data), "oid": f"{hash(data) & 2**64 - 1:040x}"}

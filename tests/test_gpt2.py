@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gpt2 as module
@@ -248,6 +248,7 @@ def test_cached_equals_uncached_at_every_split(tiny_params, lengths, batched):
 @given(st.data())
 def test_cached_equals_uncached_for_any_shape_length_and_batch(data):
     n_head, d_head, n_layer, n_ctx = (data.draw(st.integers(1, most)) for most in (5, 9, 3, 150))
+    assume(n_head * d_head not in (2, 3))  # so few numbers can be nearly equal, and layer_norm then magnifies rounding
     hparams = {"n_vocab": 40, "n_ctx": n_ctx, "n_embd": n_head * d_head, "n_head": n_head, "n_layer": n_layer}
     params = random_params(hparams, seed=data.draw(st.integers(0, 99)))
     batch = data.draw(st.sampled_from([(), (1,), (2,), (5,)]))
