@@ -128,9 +128,9 @@ def choose(verbs: dict[str, Callable]) -> Callable:
             return verbs[""]
         sys.exit()
     if verb not in verbs or not verb:
-        if "" in verbs:
+        near = difflib.get_close_matches(verb, filter(None, verbs))
+        if "" in verbs and (not near or os.path.exists(verb)):
             return verbs[""]
-        near = difflib.get_close_matches(verb, verbs)
         hint = f"did you mean {near[0]}?" if near else f"the first argument is one of {', '.join(verbs)}"
         sys.exit(f"{script()}: {f'there is no {verb!r}' if verb else 'what to do is missing'}: {hint}\n{overview}")
     sys.argv[:2] = [f"{sys.argv[0]} {verb}"]
@@ -168,13 +168,8 @@ def run(main: Callable | dict[str, Callable]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
-    if isinstance(main, dict):
-        main = choose(main)
-    kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
-    kinds_of_text = {str: str, str | None: str, list[str]: json.loads}
-    parsers = {name: kinds_of_text.get(kind, number) for name, kind in kinds.items()}
     try:
-        fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
+        call(choose(main) if isinstance(main, dict) else main)
         print(end="", flush=True)  # what a closed pipe or a full disk has to say, it says here
     except KeyboardInterrupt:
         finish(130, "\n")
@@ -184,6 +179,14 @@ def run(main: Callable | dict[str, Callable]) -> None:
         finish(f"{script()}: {str(error) or 'not enough memory'}")
 
 
+def call(main: Callable) -> None:
+    """Call `main` with the command line's arguments, through fire."""
+    kinds = {name: p.annotation for name, p in parameters(main).items() if p.annotation is not bool}
+    kinds_of_text = {str: str, str | None: str, list[str]: json.loads}
+    parsers = {name: kinds_of_text.get(kind, number) for name, kind in kinds.items()}
+    fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
+
+
 def read_document(path: str, errors: str = "strict") -> str:
     """The text in a file, or for `-` of standard input, its lines ending as Python's do.
 
@@ -191,7 +194,10 @@ def read_document(path: str, errors: str = "strict") -> str:
     """
     if path == "-" and sys.stdin is None:
         raise ValueError("there is no text to read: standard input is closed")
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise OSError(f"{path or 'a file without a name'} cannot be read: {error.strerror}") from error
     try:
         text = data.decode("utf-8", errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:

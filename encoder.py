@@ -42,25 +42,20 @@ def split_bytes(word: str) -> list[str]:
     return list(word.encode().decode("latin-1").translate(BYTE_ENCODER))
 
 
-def any_of(patterns: Mapping[str, str]) -> regex.Pattern | None:
-    """What finds the tokens of `patterns`, of several at one place the longest; each has one group, the token."""
-    longest_first = sorted(patterns, key=len, reverse=True)
-    return regex.compile(f"(?|{'|'.join(map(patterns.get, longest_first))})") if patterns else None
-
-
 class Encoder:
     """The tokenizer of one model.
 
     `encoder` maps tokens, in the alphabet of `bytes_to_unicode`, to ids from 0 to n - 1; `bpe_merges` are pairs of
     tokens, the first to merge first; `errors` is as in `bytes.decode`. Tokens that no merge makes are found in a text
     before it is cut into words: those `added` always, the `special` ones when asked to. Both map a token, in its own
-    characters, to the regular expression that finds it, with the token as its group. Tables that do not fit raise
-    ValueError. `eot_id` ends a text, and `bos_id` begins an empty one: <|endoftext|>, or None without it.
+    characters, to the regular expression that finds it, with the token as its group. Those in `later` are only sought
+    in what the others leave. Tables that do not fit raise ValueError. `eot_id` ends a text, and `bos_id` begins an
+    empty one: <|endoftext|>, or None without it.
     """
 
     def __init__(
         self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace",
-        added: Mapping[str, str] | None = None, special: Mapping[str, str] | None = None,
+        added: Mapping[str, str] | None = None, special: Mapping[str, str] | None = None, later: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.encoder = encoder
         self.decoder = {i: token for token, i in encoder.items()}
@@ -71,7 +66,8 @@ class Encoder:
         self.special = dict(special or {})
         if END_OF_TEXT in encoder.keys() - self.added.keys():
             self.special.setdefault(END_OF_TEXT, f"({regex.escape(END_OF_TEXT)})")
-        self._find_added, self._find_all = any_of(self.added), any_of(self.added | self.special)
+        self.later = set(later)
+        self._find_added, self._find_all = self._finders(self.added), self._finders(self.added | self.special)
         self._cache: dict[str, list[int]] = {}
         if self.decoder.keys() != set(range(len(encoder))):
             raise ValueError("the vocabulary's ids must be 0, 1, 2 and so on, each once")
@@ -86,12 +82,21 @@ class Encoder:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The token ids of `text`. `<|endoftext|>` is ordinary text in it, or with `allow_special` the one token."""
-        pattern = self._find_all if allow_special else self._find_added
-        if pattern is None:
+        return self._encode_between(text, self._find_all if allow_special else self._find_added)
+
+    def _finders(self, patterns: Mapping[str, str]) -> list[regex.Pattern]:
+        """What finds the tokens of `patterns`, of several at one place the longest: first some, then those `later`."""
+        longest_first = sorted(patterns, key=len, reverse=True)
+        passes = [[patterns[t] for t in longest_first if (t in self.later) == is_later] for is_later in (False, True)]
+        return [regex.compile(f"(?|{'|'.join(alternatives)})") for alternatives in passes if alternatives]
+
+    def _encode_between(self, text: str, finders: list[regex.Pattern]) -> list[int]:
+        """The ids of `text`: of the tokens that the first of `finders` finds, and of what is between those."""
+        if not finders:
             return self._encode_words(text)
         ids = []
-        for i, part in enumerate(pattern.split(text)):  # text, token, text, token, ..., text
-            ids += [self.encoder[part]] if i % 2 else self._encode_words(part)
+        for i, part in enumerate(finders[0].split(text)):  # text, token, text, token, ..., text
+            ids += [self.encoder[part]] if i % 2 else self._encode_between(part, finders[1:])
         return ids
 
     def _encode_words(self, text: str) -> list[int]:

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 
 import numpy as np
 from numpy import ndarray as Array
@@ -24,6 +25,7 @@ from sampling import log_sum_exp
 from utils import load_encoder_hparams_and_params
 
 VOCABULARY_BLOCK = 1024  # tokens whose logits are there at a time: with 1,024 positions 4 MB, which stay in the cache
+NO_LOSS = "one token has no loss, as nothing predicts the first: at least two are needed"
 ROWS = 1024  # positions that are computed at a time: several windows of a short context
 
 
@@ -37,8 +39,10 @@ def token_losses(inputs: Array, params: dict, n_head: int, n_scored: int | None 
     table = params.get("lm_head", params["wte"])
     ids = check_ids(inputs, table.shape[0], params["wpe"].shape[0] + 1)
     if ids.shape[-1] < 2:
-        raise ValueError("one token has no loss, as nothing predicts the first: at least two are needed")
+        raise ValueError(NO_LOSS)
     n_scored = ids.shape[-1] - 1 if n_scored is None else n_scored
+    if not 1 <= n_scored < ids.shape[-1]:
+        raise ValueError(f"n_scored must be from 1 to {ids.shape[-1] - 1}, not {n_scored}")
     states = hidden_states(ids[..., :-1], **params, n_head=n_head)[..., -n_scored:, :]
     x, targets = states.reshape(-1, states.shape[-1]), ids[..., -n_scored:]
     largest, total = np.full(len(x), -np.inf, np.float32), np.zeros(len(x))  # of the logits; of exp(logits - largest)
@@ -87,6 +91,8 @@ def text_losses(ids: list[int], params: dict, n_head: int, stride: int | None = 
     ids = np.asarray(ids)
     if ids.ndim != 1:
         raise ValueError(f"a text is one row of token ids, not an array of the shape {ids.shape}")
+    if len(ids) < 2:
+        raise ValueError(NO_LOSS)
     spans = windows(len(ids), n_ctx, n_ctx if stride is None else stride)
     batches = []  # of windows with the same sizes
     for _, alike in itertools.groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
@@ -101,9 +107,12 @@ def text_losses(ids: list[int], params: dict, n_head: int, stride: int | None = 
     return np.concatenate(on_all_cores(compute, batches))
 
 
-def check_stride(stride: int | None, n_ctx: int) -> None:
-    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= n_ctx):
-        raise ValueError(f"stride must be a whole number from 1 to the model's context of {n_ctx}, not {stride!r}")
+def check_stride(stride: int | None, n_ctx: int | None = None) -> None:
+    """Raise ValueError unless `stride` is None or a whole number from 1 to n_ctx, if that is known."""
+    is_count = isinstance(stride, Integral) and not isinstance(stride, bool) and stride >= 1
+    if stride is not None and not (is_count and stride <= (n_ctx or stride)):
+        most = "on" if n_ctx is None else f"to the model's context of {n_ctx}"
+        raise ValueError(f"stride must be a whole number from 1 {most}, not {stride!r}")
 
 
 def on_all_cores(function: Callable, items: Sequence) -> list:
@@ -111,7 +120,10 @@ def on_all_cores(function: Callable, items: Sequence) -> list:
     n_threads = n_blas_threads() if blas().info() else 1  # a BLAS that is not known cannot be limited
     quiet = None if sys.stderr else True  # None: unless it is a terminal
     with one_at_a_time, blas().limit(limits=1), ThreadPoolExecutor(n_threads) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), leave=False, disable=quiet))
+        try:
+            return list(tqdm(pool.map(function, items), total=len(items), leave=False, disable=quiet))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C what has not begun does not begin
 
 
 def measures(text: str, losses: Array) -> dict[str, float]:
@@ -181,11 +193,15 @@ def last_words(texts: Sequence[str], encoder: Encoder, params: dict, n_head: int
         ((ids, n_scored),) = continuations(encoder, context, [text])
         ids = np.asarray(ids[-params["wpe"].shape[0] - 1 :])
         n_scored = min(n_scored, len(ids) - 1)
-        logits = to_logits(hidden_states(ids[:-1], **params, n_head=n_head)[-n_scored:], **params)
-        likeliest = logits[:, : len(encoder.encoder)].argmax(axis=-1)  # without padding, which stands for no token
-        log_p = logits[np.arange(n_scored), ids[-n_scored:]] - log_sum_exp(logits)
-        return np.array_equal(likeliest, ids[-n_scored:]), log_p.sum()
+        is_right, log_p = True, 0.0
+        for x, i in zip(hidden_states(ids[:-1], **params, n_head=n_head)[-n_scored:], ids[-n_scored:], strict=True):
+            logits = to_logits(x, **params)  # [n_embd] -> [n_vocab]
+            is_right &= bool(logits[: len(encoder.encoder)].argmax() == i)  # without padding, which stands for no token
+            log_p += logits[i] - log_sum_exp(logits)
+        return is_right, log_p
 
+    if not texts:
+        raise ValueError("there are no texts")
     is_right, log_probabilities = zip(*on_all_cores(compute, texts), strict=True)
     return np.array(is_right), np.array(log_probabilities)
 
@@ -227,16 +243,14 @@ def show_text(
         text = read_document(file, errors)
     except UnicodeError as error:
         raise ValueError(f"{error}; or go on with --errors replace") from error
-    check_stride(stride, math.inf)
+    check_stride(stride)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    check_stride(stride, hparams["n_ctx"])
     ids = encoder.encode(text, allow_special=True)
-    losses = text_losses(ids, params, hparams["n_head"], stride)
-    check_finite(losses)
+    losses = check_finite(text_losses(ids, params, hparams["n_head"], stride))
     sizes = f"{len(ids):,} tokens, {len(text.encode('utf-8', 'replace')):,} bytes, {len(text):,} characters"
     print(f"{sizes}, {len(text.split()):,} words")
     for name, value in measures(text, losses).items():
-        print(f"{name:<20}{value:>12,.4f}")
+        print(f"{name:<20}{value:>12{',.4f' if value < 1e6 else '.4g'}}")
 
 
 def show_options(context: str, options: list[str], model_size: str = "124M", models_dir: str = "models") -> None:
@@ -250,8 +264,7 @@ def show_options(context: str, options: list[str], model_size: str = "124M", mod
     """
     texts = [spaced(context, option) for option in options]
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    scores = option_scores(context, options, encoder, params, hparams["n_head"])
-    check_finite(scores)
+    scores = check_finite(option_scores(context, options, encoder, params, hparams["n_head"]))
     rows = []
     for i in np.argsort(-scores):
         n_bytes = len(texts[i].encode("utf-8", "replace"))
@@ -276,9 +289,11 @@ def show_last_words(file: str, model_size: str = "124M", models_dir: str = "mode
         print(f"perplexity  {np.exp(-log_probabilities.mean()):>9,.2f}  (of the last word)")
 
 
-def check_finite(losses: Array) -> None:
+def check_finite(losses: Array) -> Array:
+    """`losses`, if they are numbers, else ValueError."""
     if not np.isfinite(losses).all():
         raise ValueError("the model's losses are not finite numbers: its weights are damaged, or not a GPT-2's")
+    return losses
 
 
 if __name__ == "__main__":

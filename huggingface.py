@@ -42,7 +42,6 @@ SMALL_FILES = (
     CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "vocab.json", "merges.txt",
     "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
-LEAST_FILES = ((CONFIG, TOKENIZER), (CONFIG, "vocab.json", "merges.txt"))
 WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", PYTORCH_WEIGHTS, f"{PYTORCH_WEIGHTS}.index.json")
 # What transformers' GPT2Config takes for what config.json leaves out, and other names that it knows some of it by.
 DEFAULTS = {
@@ -68,8 +67,16 @@ ONLY_BPE = {
 ONLY_BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)}
 ONLY_TOKENIZER_CONFIG = {"add_prefix_space": (False,), "add_bos_token": (False,), "add_eos_token": (False,)}
 CLASSES = {"tokenizer_class": ("GPT2Tokenizer", "GPT2TokenizerFast", None)}  # where there is no tokenizer.json
+# What would change greedy text where it is not as here; other settings of generation are options of gpt2.py.
+PLAIN_GENERATION = {
+    "num_beams": (None, 1), "repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0), "min_new_tokens": (None, 0), "bad_words_ids": (None,), "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,), "sequence_bias": (None,), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,),
+}  # fmt: skip
 FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token
 BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # constants of transformers' causal mask: not parameters
+PARAMETER = re.compile(r"(wte|wpe|h|ln_f|lm_head)\.")
 PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
@@ -80,7 +87,7 @@ def load_model(directory: Path, name: str) -> tuple[Encoder, dict, dict]:
     for a model that is not computed here as transformers does, or is damaged; FileNotFoundError, OSError, ImportError.
     """
     config, encoder = read_config(directory / CONFIG), read_tokenizer(directory)
-    hparams = {name: config[theirs] for name, theirs in NAMES.items()}
+    hparams = {ours: config[theirs] for ours, theirs in NAMES.items()}
     if config["n_inner"] not in (None, 4 * config["n_embd"]):
         hparams["n_inner"] = config["n_inner"]
     if len(encoder.encoder) > hparams["n_vocab"]:
@@ -117,7 +124,7 @@ def read_config(path: Path) -> dict:
     n_inner, eps = config["n_inner"], config["layer_norm_epsilon"]
     if n_inner is not None and (type(n_inner) is not int or not 1 <= n_inner <= 10**7):
         raise ValueError(f"{path}: n_inner must be a whole number from 1 to 10,000,000, or null, not {n_inner!r}")
-    if type(eps) not in (int, float) or not 0 <= eps < math.inf:
+    if type(eps) not in (int, float) or not 0 <= eps < 1e30:
         raise ValueError(f"{path}: layer_norm_epsilon must be a number from 0, not {eps!r}")
     return config
 
@@ -165,14 +172,22 @@ def read_tokenizer(directory: Path) -> Encoder:
         raise FileNotFoundError(f"{directory} has no tokenizer of a GPT-2: neither {TOKENIZER} nor vocab.json is there")
     older = read_if_there(directory / "added_tokens.json")
     with in_file(path, " does not fit its added tokens, or is damaged"):
-        added, special = {}, {}
+        added, special, later = {}, {}, []
         for token, entry in added_tokens(vocabulary, entries, options | roles, older).items():
             if vocabulary.setdefault(token, entry["id"]) != entry["id"]:
                 raise ValueError(f"{token!r} has the ids {vocabulary[token]} and {entry['id']}")
             (special if entry.get("special") else added)[token] = pattern_of(token, *map(entry.get, FLAGS))
-        encoder = Encoder(vocabulary, merges, added=added, special=special)
-    config, generation = read_config(directory / CONFIG), read_if_there(directory / "generation_config.json")
-    eos, bos = ((config | generation)[name] for name in ("eos_token_id", "bos_token_id"))
+            if entry.get("normalized", not entry.get("special")):
+                later.append(token)
+        encoder = Encoder(vocabulary, merges, added=added, special=special, later=later)
+    config = read_config(directory / CONFIG)
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else config
+    for name, values in PLAIN_GENERATION.items():
+        if (value := generation.get(name)) not in values:
+            asked = f"{directory}: generation there has {name} = {json.dumps(value)[:80]}"
+            print(f"{asked}, which is not done here", file=sys.stderr)
+    eos, bos = generation.get("eos_token_id"), (config | generation)["bos_token_id"]
     if isinstance(eos, list) and len(eos) == 1:
         eos = eos[0]
     for name, value in (("eos_token_id", eos), ("bos_token_id", bos)):
@@ -232,7 +247,7 @@ def added_tokens(vocabulary: dict[str, int], entries: list[dict], options: dict,
     """
     found = {entry["content"]: entry for entry in entries}
     for i, entry in options.get("added_tokens_decoder", {}).items():
-        found.setdefault(entry["content"], {**entry, "id": int(i)})
+        found[entry["content"]] = {**found.get(entry["content"], {}), **entry, "id": int(i)}
     for token, i in older.items():
         found.setdefault(token, {"content": token, "id": i})
     roles = [value for name, value in options.items() if name.endswith("_token")]
@@ -273,7 +288,7 @@ def is_plain(name: object) -> bool:
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
     """The tensors in a directory, named without `transformer.`, and without the buffers of the causal mask."""
-    paths, tensors = weight_files(directory), {}
+    paths, tensors, others = weight_files(directory), {}, []
     if not paths:
         raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {PYTORCH_WEIGHTS} is there")
     for path in paths:
@@ -282,11 +297,14 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
         found = read_pytorch(path) if path.suffix == ".bin" else map_tensors(path)[0]
         for name, array in found.items():
             name = name.removeprefix("transformer.")
-            if BUFFER.fullmatch(name):
-                continue
             if name in tensors:
                 raise ValueError(f"{path}: {name} is there twice")
-            tensors[name] = array
+            if not PARAMETER.match(name):
+                others.append(name)
+            elif not BUFFER.fullmatch(name):
+                tensors[name] = array
+    if others:  # as those of a classifier
+        print(f"{directory}: not used, as no part of a GPT-2: {', '.join(others)[:200]}", file=sys.stderr)
     return tensors
 
 
@@ -297,6 +315,8 @@ def read_pytorch(path: Path) -> dict[str, np.ndarray]:
 
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if odd := [name for name in found if not isinstance(name, str)]:
+            raise ValueError(f"a tensor has the name {odd[0]!r}")
         return {name: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy() for name, t in found.items()}
     except Exception as error:  # there is no end to those of pickle and PyTorch
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -322,16 +342,16 @@ def is_on_hub(name: str) -> bool:
 
 
 def fetch_model(name: str) -> Path:
-    """The directory, in huggingface_hub's cache, of a model with all but its weights; downloaded the first time."""
+    """The directory, in huggingface_hub's cache, of a model with all but its weights.
+
+    What is there is asked about, as other programs may have left a part of it, or a new version may have come, and used
+    as it is where the network cannot be.
+    """
     with hub_errors(name):
         if not (sys.stderr and sys.stderr.isatty()):
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # as with all other bars here
         from huggingface_hub import snapshot_download
 
-        with contextlib.suppress(FileNotFoundError):  # what is there is used, without asking for a newer one
-            directory = Path(snapshot_download(name, allow_patterns=SMALL_FILES, local_files_only=True))
-            if any(all((directory / file).is_file() for file in files) for files in LEAST_FILES):
-                return directory
         directory = Path(snapshot_download(name, allow_patterns=SMALL_FILES, local_files_only=is_offline()))
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{name} at Hugging Face is no model of transformers: it has no {CONFIG}")
@@ -390,6 +410,8 @@ def export(model_size: str, out: str, models_dir: str = "models") -> None:
     --models_dir models   where the models are
     """
     directory = Path(os.path.abspath(out))
+    if not out:
+        raise ValueError("OUT is empty: it is the directory to make")
     if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
         raise FileExistsError(f"{out} is there already: choose another name")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
@@ -434,7 +456,7 @@ def describe(encoder: Encoder, hparams: dict, params: dict) -> dict[str, dict]:
         for token, pattern in tokens.items():
             flags = next(f for f in itertools.product((False, True), repeat=3) if pattern_of(token, *f) == pattern)
             entry = {"id": encoder.encoder[token], "content": token, **dict(zip(FLAGS, flags, strict=True))}
-            entries.append({**entry, "normalized": False, "special": special})
+            entries.append({**entry, "normalized": token in encoder.later, "special": special})
     entries.sort(key=lambda entry: entry["id"])
     model = {
         "type": "BPE",

@@ -25,7 +25,9 @@ TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 WEIGHTS, CHECKPOINT_INDEX = "model.safetensors", "model.ckpt.index"
 # Safetensors' names of types. NumPy has no bfloat16: it is two bytes by that name, the upper half of a float32.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "I64": "<i8", "I8": "|i1", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
 WRITTEN = {"<f4": "F32", "|i1": "I8"}
 BLOCK = 2**21  # bytes, of a huge page
 # Numbers beyond these are damage, and could take all memory before anything else tells.
@@ -298,6 +300,8 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with open(path, "rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        if pages[:23] == b"version https://git-lfs":
+            raise FileNotFoundError(0, "it is only git's note of the file: git lfs pull")
         with safe_open(path, framework="numpy"):
             pass  # it checks the header, and that the tensors fill the file exactly, but reading with it would copy
         start = 8 + int.from_bytes(pages[:8], "little")

@@ -40,7 +40,7 @@ def make_handler(hub):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            path = self.path.partition("?")[0]
+            path = self.path.partition("?")[0].replace("/resolve/main/", f"/resolve/{SHA}/")
             hub.requests.append((self.command, path, self.headers.get("Authorization")))
             api, place, file = "/api/models/owner/model", f"/owner/model/resolve/{SHA}", path.rpartition("/")[2]
             status, headers, body = 200, {}, b""

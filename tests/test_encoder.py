@@ -3,6 +3,7 @@ import random
 from itertools import pairwise
 
 import pytest
+import regex
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
@@ -285,3 +286,29 @@ def test_the_command_line_shows_tokens_beside_their_ids(tiny_model, tiny_encoder
     assert shown[-3:] == (r"b'\xc3'", r"b'\xa9'", r"'\n'")
     parts = map(ast.literal_eval, shown)
     assert b"".join(part if isinstance(part, bytes) else part.encode() for part in parts) == text.encode()
+
+
+# Added tokens
+
+
+def with_added(tiny_encoder, added=(), special=(), later=()):
+    tokens = {t: i for t, i in tiny_encoder.encoder.items() if t != END_OF_TEXT}
+    tokens |= {token: len(tokens) + i for i, token in enumerate([*added, *special])}
+    patterns = [{token: f"({regex.escape(token)})" for token in group} for group in (added, special)]
+    return Encoder(tokens, tiny_encoder.bpe_ranks, added=patterns[0], special=patterns[1], later=later)
+
+
+def test_special_tokens_are_found_when_asked_for_and_other_added_ones_always(tiny_encoder):
+    encoder = with_added(tiny_encoder, added=["covid"], special=["[é]"])
+    covid, e = encoder.encoder["covid"], encoder.encoder["[é]"]
+    words = tiny_encoder.encode
+    assert encoder.encode("a covid[é]b") == [*words("a "), covid, *words("[é]b")]
+    assert encoder.encode("a covid[é]b", allow_special=True) == [*words("a "), covid, e, *words("b")]
+    assert encoder.decode([covid, e]) == "covid[é]"
+    assert with_added(tiny_encoder, added=[END_OF_TEXT]).encode(f"a{END_OF_TEXT}")[-1] == len(encoder.encoder) - 2
+
+
+def test_of_added_tokens_the_longest_wins_but_those_of_the_first_pass_come_first(tiny_encoder):
+    encoder = with_added(tiny_encoder, added=["ab", "abc", "c<", "<s>"], later=["c<"])
+    names = {i: token for token, i in encoder.encoder.items()}
+    assert [names[i] for i in encoder.encode("abcc<<s>c<s>")] == ["abc", "c<", "<s>", "c", "<s>"]

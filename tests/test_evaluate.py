@@ -1,7 +1,13 @@
 """The losses that evaluate.py reports, held to float64 loops over gpt2()'s logits and to PyTorch."""
 
+import copy
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 
 import numpy as np
@@ -11,7 +17,7 @@ import evaluate as module
 from encoder import END_OF_TEXT, Encoder
 from evaluate import last_words, loss, measures, option_scores, text_losses, token_losses, windows
 from gpt2 import generate, gpt2
-from helpers import BUNDLED, SHAKESPEARE, TINY, random_params, run, tiny_tables, write_model, write_tables
+from helpers import BUNDLED, ROOT, SHAKESPEARE, TINY, random_params, run, tiny_tables, write_model, write_tables
 from quantize import quantize
 from utils import load_encoder_hparams_and_params
 
@@ -269,6 +275,13 @@ def test_all_options_are_scored_after_the_same_tokens():
     ]
 
 
+def test_what_begins_a_text_need_not_be_what_ends_it(tiny):
+    encoder, params = copy.copy(tiny[0]), tiny[1]
+    encoder.bos_id, ids = 7, encoder.encode("not")
+    (found,) = option_scores("", ["not"], encoder, params, N_HEAD)
+    assert found == pytest.approx(log_probability([7, *ids], len(ids), params), rel=1e-5)
+
+
 @pytest.mark.parametrize(("options", "complaint"), [(["a", ""], "empty"), ([" "], "white space")])
 def test_an_empty_option_is_refused(tiny, options, complaint):
     with pytest.raises(ValueError, match=f"an option is .*{complaint}"):
@@ -310,6 +323,20 @@ def test_of_a_passage_longer_than_the_context_the_end_counts(tiny):
     assert len(ids) > N_CTX + 1
     _, (found,) = last_words([text], encoder, params, N_HEAD)
     assert found == pytest.approx(log_probability(ids[-N_CTX - 1 :], n_scored, params), rel=1e-5)
+
+
+def test_padding_of_the_vocabulary_is_no_likelier_word(tiny_params):
+    alphabet = {character: i for character, i in tiny_tables()[0].items() if len(character) == 1}
+    encoder = Encoder(alphabet | {"Ġa": 256}, [("Ġ", "a")])
+    state = module.hidden_states([alphabet["x"]], **tiny_params, n_head=N_HEAD)[-1]
+    table = np.zeros((N_VOCAB, len(state)), np.float32)
+    table[256], table[257:] = state, 2 * state  # the word is likeliest, but for padding
+    assert last_words(["x a"], encoder, tiny_params | {"lm_head": table}, N_HEAD)[0].all()
+
+
+def test_a_passage_may_have_a_unicode_line_separator(tmp_path):
+    (tmp_path / "passages.jsonl").write_text('{"text": "one\u2028two"}', encoding="utf-8")
+    assert module.read_passages(str(tmp_path / "passages.jsonl")) == ["one\u2028two"]
 
 
 @pytest.mark.parametrize(
@@ -388,9 +415,10 @@ def test_bytes_that_are_no_text_are_placed_and_replaced_on_demand(tmp_path):
     [
         ("", [], "is empty"),
         ("a", [], "one token has no loss"),
-        ("abc", ["--stride", "0"], "from 1 to the model's context of"),
+        ("abc", ["--stride", "0"], "a whole number from 1 on, not 0"),
         ("abc", ["--stride", "257"], "from 1 to the model's context of 256"),
-        ("abc", ["--stride", "much"], "from 1 to the model's context of"),
+        ("abc", ["--stride", "much"], "a whole number from 1 on, not 'much'"),
+        ("abc", ["--stride=nan"], "a whole number from 1 on, not nan"),
         ("abc", ["--errors", "ignore"], "errors must be strict or replace"),
         ("abc", ["--model_size", "nothing"], "there is no model 'nothing'"),
         (None, [], "No such file"),
@@ -414,22 +442,43 @@ def test_a_vocabulary_that_does_not_fit_its_tokenizer_is_refused(tmp_path, text)
 
 def test_weights_that_are_no_numbers_are_said_to_be_damaged(tmp_path, text, tiny_params):
     params = tiny_params | {"wpe": np.full_like(tiny_params["wpe"], np.nan)}
-    status, out, err = evaluate(text, "--model_size", write_model(tmp_path / "nan", TINY, params))
-    assert (status, out) == (1, "")
-    assert "not finite" in err.splitlines()[-1]
+    directory = write_model(tmp_path / "nan", TINY, params)
+    (tmp_path / "passages.jsonl").write_text('{"text": "one two"}')
+    for arguments in ([text], ["choose", "a", "b"], ["last_word", tmp_path / "passages.jsonl"]):
+        status, out, err = evaluate(*arguments, "--model_size", directory)
+        assert (status, out) == (1, "")
+        assert "not finite" in err.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_ctrl_c_ends_an_evaluation_of_many_windows(tmp_path):
+    (tmp_path / "long.txt").write_text("My lord, I will not speak to thee.\n" * 10_000)
+    with subprocess.Popen(
+        [sys.executable, ROOT / "evaluate.py", tmp_path / "long.txt", f"--model_size={BUNDLED}", "--stride=1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:  # fmt: skip
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert (process.returncode, out.strip(), err) == (130, b"", b"")
 
 
 def test_choose_sorts_the_options_and_shows_them_as_they_were_scored(shakespeare):
     encoder, hparams, params = shakespeare
-    options = ["not", "2019", "--hello", " be"]
+    options = ["not", "2019", "--hello", " be", "not speak to thée my lord"]
     status, out, err = evaluate("choose", "My lord, I will", *options, "--model_size", BUNDLED)
     rows = [line.split(maxsplit=2) for line in out.splitlines()[1:]]
     assert (status, err) == (0, "")
     scores = option_scores("My lord, I will", options, encoder, params, hparams["n_head"])
     assert [float(row[0]) for row in rows] == pytest.approx(sorted(scores, reverse=True), abs=1e-4)
-    assert {row[2] for row in rows} == {"' not'", "' 2019'", "' --hello'", "' be'"}
+    assert {row[2][1:-1] for row in rows} == {" not", " 2019", " --hello", " be", " not speak to thée my lord"}
     for total, per_byte, option in rows:
-        assert float(per_byte) == pytest.approx(float(total) / (len(option) - 2), abs=1e-4)
+        assert float(per_byte) == pytest.approx(float(total) / len(option[1:-1].encode()), abs=1e-4)
+    assert [row[1] for row in rows] != sorted((row[1] for row in rows), key=float, reverse=True)
 
 
 @pytest.mark.parametrize(

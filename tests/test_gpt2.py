@@ -264,6 +264,17 @@ def test_cached_equals_uncached_for_any_shape_length_and_batch(data):
     assert_close(gpt2(several, **params, n_head=n_head)[1, 0], whole)
 
 
+def test_an_lm_head_of_its_own_makes_the_logits_also_in_generation(tiny_params, ids):
+    params = tiny_params | {"lm_head": random_params(TINY, seed=5)["wte"]}
+    states = hidden_states(ids, **params, n_head=N_HEAD)
+    assert_close(gpt2(ids, **params, n_head=N_HEAD), states @ params["lm_head"].T)
+    expected, context = [], list(ids)
+    for _ in range(5):
+        expected.append(int((hidden_states(context, **params, n_head=N_HEAD)[-1] @ params["lm_head"].T).argmax()))
+        context.append(expected[-1])
+    assert generate(ids, params, N_HEAD, 5) == expected != generate(ids, tiny_params, N_HEAD, 5)
+
+
 def test_prefill_and_single_steps_equal_one_pass(tiny_params, ids, logits):
     for n_prefill in range(1, len(ids)):
         cache = new_cache(tiny_params, N_HEAD, N_CTX)

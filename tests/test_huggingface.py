@@ -6,6 +6,7 @@ import mmap
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -314,7 +315,10 @@ def test_tensors_of_other_types_are_refused_by_name(tmp_path, plain_tensors, dty
     ("change", "complaint"),
     [
         (lambda t: t.pop("transformer.h.1.ln_2.bias"), r"h\.1\.ln_2\.bias is missing"),
-        (lambda t: t.update({"score.weight": np.zeros((2, 48), np.float32)}), r"score\.weight is not part of a GPT-2"),
+        (
+            lambda t: t.update({"h.9.ln_1.weight": np.ones(48, np.float32)}),
+            "h.9.ln_1.weight is not part of",
+        ),
         (lambda t: t.update({"h.0.ln_1.bias": np.zeros(48, np.float32)}), r"h\.0\.ln_1\.bias is there twice"),
         (lambda t: t.update({"lm_head.weight": np.zeros((299, 48), np.float32)}), r"lm_head\.weight has the shape"),
         (
@@ -329,6 +333,12 @@ def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, plain_tensors, c
     change(tensors)
     with pytest.raises(ValueError, match=complaint):
         load(write_huggingface(tmp_path / "model", tensors=tensors))
+
+
+def test_the_head_of_a_classifier_is_left_out_and_said(tmp_path, capsys, plain, plain_tensors):
+    write_huggingface(tmp_path, {}, plain_tensors | {"score.weight": np.zeros((2, 48), np.float32)})
+    assert_same_params(load(tmp_path)[2], load(plain)[2])
+    assert "not used, as no part of a GPT-2: score.weight" in capsys.readouterr().err
 
 
 def test_a_directory_without_weights_says_which_files_it_could_have(tmp_path):
@@ -602,7 +612,8 @@ def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, file, conten
         ({"eos_token_id": 5, "bos_token_id": 7}, None, 5, 7),
         ({"eos_token_id": [5]}, None, 5, 299),
         ({"eos_token_id": 5}, {"eos_token_id": 9}, 9, 299),
-        ({"eos_token_id": 5}, {"bos_token_id": 9}, 5, 9),
+        ({"eos_token_id": 5}, {"bos_token_id": 9}, None, 9),
+        ({"eos_token_id": 5}, {}, None, 299),
         ({"eos_token_id": 5}, {"eos_token_id": [9]}, 9, 299),
         ({"eos_token_id": 0, "bos_token_id": 0}, None, 0, 0),
         ({"eos_token_id": 300}, None, None, 299),
@@ -619,6 +630,28 @@ def test_the_ids_that_end_and_begin_a_text(tmp_path, config, generation, eot_id,
         write_json(directory / "generation_config.json", generation)
     encoder = load(directory)[0]
     assert (encoder.eot_id, encoder.bos_id) == (eot_id, bos_id)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("name", "value", "is_plain"),
+    [
+        ("repetition_penalty", 1.5, False),
+        ("repetition_penalty", 1.0, True),
+        ("no_repeat_ngram_size", 3, False),
+        ("num_beams", 4, False),
+        ("suppress_tokens", [1], False),
+        ("bad_words_ids", None, True),
+        ("temperature", 0.7, True),
+    ],
+)
+def test_what_generation_does_elsewhere_and_not_here_is_said(tmp_path, capsys, file, name, value, is_plain):
+    write_huggingface(tmp_path, {name: value} if file == "config.json" else {})
+    if file != "config.json":
+        write_json(tmp_path / file, {name: value})
+    load(tmp_path)
+    said = capsys.readouterr().err
+    assert said == "" if is_plain else f"{name} = {json.dumps(value)}" in said
 
 
 @pytest.mark.parametrize("value", [[5, 6], [], "299", 1.5, True, {}, [True], ["5"]], ids=str)
@@ -1019,10 +1052,20 @@ def test_a_model_is_downloaded_once_and_then_needs_no_network(hub, everything):
     assert (shown.returncode, shown.stdout.decode()) == (0, continuation(everything)), shown.stderr.decode()
     assert sorted(hub.fetched()) == ["config.json", "model.safetensors", "tokenizer.json"]
     hub.requests.clear()
-    for env in ({}, {"GPT2_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for env in ({}, nowhere, nowhere | {"GPT2_OFFLINE": "1"}, nowhere | {"HF_HUB_OFFLINE": "1"}):
         shown = hub.run(env=env)
-        assert (shown.returncode, shown.stdout.decode()) == (0, continuation(everything))
-        assert (hub.requests, shown.stderr) == ([], b"")
+        assert (shown.returncode, shown.stdout.decode(), shown.stderr) == (0, continuation(everything), b"")
+    assert hub.fetched() == []
+
+
+def test_what_other_programs_have_not_downloaded_is_fetched(hub, plain):
+    hub.add(plain)
+    download = "from huggingface_hub import hf_hub_download as f; [f('owner/model', n) for n in FILES]"
+    command = f"FILES = ['config.json', 'tokenizer.json']; {download}"
+    subprocess.run([sys.executable, "-c", command], env=hub.env | {"HF_ENDPOINT": hub.url}, check=True)
+    hub.files["tokenizer_config.json"] = b'{"add_prefix_space": true}'
+    assert "add_prefix_space is true" in one_line(hub.run())
 
 
 def test_weights_in_parts_are_downloaded_part_by_part(hub, tmp_path, plain_tensors):
@@ -1034,7 +1077,7 @@ def test_weights_in_parts_are_downloaded_part_by_part(hub, tmp_path, plain_tenso
     assert len(hub.fetched()) == len(set(hub.fetched())) == 6
     hub.requests.clear()
     assert hub.run().stdout == shown.stdout
-    assert hub.requests == []
+    assert hub.fetched() == []
 
 
 @pytest.mark.parametrize(
