@@ -88,13 +88,13 @@ def ffn(x: Array, c_fc: dict, c_proj: dict) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), plus the mask.
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), plus the mask, which may be of the last keys only.
 
-    [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v], [n_q, n_k] -> [..., n_q, d_v].
+    [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v], [n_q, n_k or fewer] -> [..., n_q, d_v].
     """
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
     if mask is not None:
-        scores += mask
+        scores[..., -mask.shape[-1] :] += mask
     return softmax(scores, out=scores) @ v  # in one array, which stays in the cache: 0.8 of the time
 
 
@@ -111,7 +111,7 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
     for start in range(0, n_q, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, n_q)
         n_seen = n_past + end
-        mask = (1 - np.tri(end - start, n_seen, n_past + start, dtype=q.dtype)) * -1e10
+        mask = (1 - np.tri(end - start, dtype=q.dtype)) * -1e10  # all see what is before the block
         heads[..., start:end, :] = attention(q[..., start:end, :], k[..., :n_seen, :], v[..., :n_seen, :], mask)
     return heads
 

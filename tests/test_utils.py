@@ -219,9 +219,7 @@ def test_a_header_that_lies_is_refused(tmp_path, lie):
 def test_a_note_of_git_lfs_is_not_taken_for_a_damaged_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n")
-    with pytest.raises(
-        OSError, match="model.safetensors cannot be read: it is only git's note of the file: git lfs pull"
-    ):
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be read: it is only git's note .*: git lfs pull"):
         map_tensors(path)
 
 
