@@ -88,9 +88,9 @@ def ffn(x: Array, c_fc: dict, c_proj: dict) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), plus the mask, which may be of the last keys only.
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), plus a mask, of the last keys or of all.
 
-    [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v], [n_q, n_k or fewer] -> [..., n_q, d_v].
+    [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v], [n_q, up to n_k] -> [..., n_q, d_v].
     """
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
     if mask is not None:
