@@ -421,7 +421,13 @@ def export(model_size: str, out: str, models_dir: str = "models") -> None:
     except OSError as error:
         raise OSError(f"{out} cannot be written: {error.strerror}") from error
     try:
-        for file, value in describe(encoder, hparams, params).items():
+        contents = {
+            CONFIG: describe_config(encoder, hparams, params),
+            TOKENIZER: describe_tokenizer(encoder),
+            "tokenizer_config.json": describe_options(encoder, hparams["n_ctx"]),
+            "vocab.json": encoder.encoder,
+        }
+        for file, value in contents.items():
             (temporary / file).write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
         merges = ["#version: 0.2", *map(" ".join, encoder.bpe_ranks), ""]
         (temporary / "merges.txt").write_text("\n".join(merges), encoding="utf-8", newline="\n")
@@ -438,43 +444,52 @@ def export(model_size: str, out: str, models_dir: str = "models") -> None:
     print(f"{out}: written; in transformers: AutoModelForCausalLM.from_pretrained({out!r})")
 
 
-def describe(encoder: Encoder, hparams: dict, params: dict) -> dict[str, dict]:
-    """The contents of a directory's JSON files."""
-    ends = (encoder.decoder.get(i) for i in (encoder.eot_id, encoder.bos_id))
-    eos, bos = (token if token in encoder.special else None for token in ends)  # what has a role becomes special
-    config = DEFAULTS | {theirs: hparams[name] for name, theirs in NAMES.items()}
-    config |= {name: values[0] for name, values in ONLY.items() if values[0]}
-    config |= {
-        "architectures": ["GPT2LMHeadModel"], "dtype": "float32", "n_inner": hparams.get("n_inner"),
+def describe_config(encoder: Encoder, hparams: dict, params: dict) -> dict:
+    """The contents of config.json; the scale of attention is in the weights."""
+    return DEFAULTS | {theirs: hparams[ours] for ours, theirs in NAMES.items()} | {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+        "dtype": "float32",
         "n_ctx": hparams["n_ctx"],  # an old name of n_positions, which llama.cpp's converter asks for
+        "n_inner": hparams.get("n_inner"), "tie_word_embeddings": "lm_head" not in params,
         "layer_norm_epsilon": params["ln_f"].get("eps", DEFAULTS["layer_norm_epsilon"]),
-        "tie_word_embeddings": "lm_head" not in params, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eot_id,
+        "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eot_id,
     }  # fmt: skip
+
+
+def describe_tokenizer(encoder: Encoder) -> dict:
+    """The contents of tokenizer.json."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    entries = []
-    for tokens, special in ((encoder.added, False), (encoder.special, True)):
-        for token, pattern in tokens.items():
-            flags = next(f for f in itertools.product((False, True), repeat=3) if pattern_of(token, *f) == pattern)
-            entry = {"id": encoder.encoder[token], "content": token, **dict(zip(FLAGS, flags, strict=True))}
-            entries.append({**entry, "normalized": token in encoder.later, "special": special})
-    entries.sort(key=lambda entry: entry["id"])
     model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-    }
-    model |= {"fuse_unk": False, "byte_fallback": False, "vocab": encoder.encoder}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": entries, "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
-        "model": {**model, "merges": [" ".join(pair) for pair in encoder.bpe_ranks]},
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+        "fuse_unk": False, "byte_fallback": False, "vocab": encoder.encoder,
+        "merges": [" ".join(pair) for pair in encoder.bpe_ranks],
     }  # fmt: skip
-    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": hparams["n_ctx"]}
-    options |= {"bos_token": bos, "eos_token": eos, "unk_token": eos, "clean_up_tokenization_spaces": False}
-    files = {"vocab.json": encoder.encoder, TOKENIZER: tokenizer, "tokenizer_config.json": options}
-    return {CONFIG: config, **files}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": describe_added_tokens(encoder),
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": model,
+    }  # fmt: skip
+
+
+def describe_added_tokens(encoder: Encoder) -> list[dict]:
+    """The added tokens as tokenizer.json has them, in the order of their ids."""
+    entries = []
+    for token, pattern in (encoder.added | encoder.special).items():
+        # The pattern is all that an Encoder knows of the flags: these are the ones that it was made of.
+        flags = next(f for f in itertools.product((False, True), repeat=3) if pattern_of(token, *f) == pattern)
+        entry = {"id": encoder.encoder[token], "content": token, **dict(zip(FLAGS, flags, strict=True))}
+        entries.append({**entry, "normalized": token in encoder.later, "special": token in encoder.special})
+    return sorted(entries, key=lambda entry: entry["id"])
+
+
+def describe_options(encoder: Encoder, n_ctx: int) -> dict:
+    """The contents of tokenizer_config.json."""
+    # What has a role there becomes special, so that no other token may be named.
+    eos, bos = (encoder.decoder.get(i) for i in (encoder.eot_id, encoder.bos_id))
+    roles = {"bos_token": bos, "eos_token": eos, "unk_token": eos}
+    roles = {role: token if token in encoder.special else None for role, token in roles.items()}
+    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": n_ctx}
+    return options | roles | {"clean_up_tokenization_spaces": False}
 
 
 if __name__ == "__main__":
