@@ -315,8 +315,8 @@ def read_pytorch(path: Path) -> dict[str, np.ndarray]:
 
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if odd := [name for name in found if not isinstance(name, str)]:
-            raise ValueError(f"a tensor has the name {odd[0]!r}")
+        if odd := [name for name in found if not isinstance(name, str) or not name.isprintable()]:
+            raise ValueError(f"{odd[0]!r} is no name of a tensor")
         return {name: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy() for name, t in found.items()}
     except Exception as error:  # there is no end to those of pickle and PyTorch
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

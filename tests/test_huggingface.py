@@ -496,6 +496,13 @@ def test_a_damaged_file_of_pytorchs_is_refused(torch, with_bin, content):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", [5, None, ("a",), "a\nb"], ids=repr)
+def test_a_file_of_pytorchs_with_other_things_than_names_is_refused(torch, with_bin, name):
+    torch.save({name: torch.zeros(2)}, with_bin / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged, or .* is no name of a tensor"):
+        load(with_bin)
+
+
 @pytest.mark.parametrize("value", [3, [1.0], {"a": 1}, "text", None], ids=str)
 def test_a_file_of_pytorchs_with_other_things_than_tensors_is_refused(torch, with_bin, value):
     torch.save({"wte.weight": value}, with_bin / "pytorch_model.bin")
