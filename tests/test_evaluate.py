@@ -18,7 +18,6 @@ from encoder import END_OF_TEXT, Encoder
 from evaluate import last_words, loss, measures, option_scores, text_losses, token_losses, windows
 from gpt2 import generate, gpt2
 from helpers import BUNDLED, ROOT, SHAKESPEARE, TINY, random_params, run, tiny_tables, write_model, write_tables
-from quantize import quantize
 from utils import load_encoder_hparams_and_params
 
 N_HEAD, N_CTX, N_VOCAB = TINY["n_head"], TINY["n_ctx"], TINY["n_vocab"]
@@ -92,6 +91,7 @@ def test_logits_that_grow_and_fall_from_block_to_block_make_no_difference(tiny_p
 
 
 def test_int8_weights_are_measured_too(tiny_params):
+    quantize = pytest.importorskip("quantize", reason="Numba is not installed", exc_type=ImportError).quantize
     ids, params = random_ids(20), quantize(tiny_params)
     np.testing.assert_allclose(token_losses(ids, params, N_HEAD), reference_losses(ids, params), rtol=1e-4)
 

@@ -428,6 +428,7 @@ def with_bin(tmp_path):
     return directory
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("n_shards", [1, 2])
@@ -451,6 +452,7 @@ def test_pytorchs_files_are_read_old_and_new_whole_and_in_parts(
     assert {(a.dtype.str, a.flags.writeable) for a in tensors_of(params).values()} == {("<f4", False)}
 
 
+@pytest.mark.reference
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
 def test_a_new_file_of_pytorchs_is_mapped(torch, with_bin, plain_tensors):
     path = with_bin / "pytorch_model.bin"
@@ -470,6 +472,7 @@ class Evil:
         return open, (self.path, "w")
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("form", ["zip", "old", "pickle"])
 def test_a_file_that_would_run_code_is_refused_and_runs_none(torch, with_bin, tmp_path, form):
     path, evil = with_bin / "pytorch_model.bin", {"wte.weight": Evil(tmp_path / "made")}
@@ -488,6 +491,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(torch, with_bin, tm
         assert (tmp_path / "made").exists(), "it would have"
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100), b"x" * 1000, b"\x80\x02]q\x00."], ids=len)
 def test_a_damaged_file_of_pytorchs_is_refused(torch, with_bin, content):
     (with_bin / "pytorch_model.bin").write_bytes(content)
@@ -496,6 +500,7 @@ def test_a_damaged_file_of_pytorchs_is_refused(torch, with_bin, content):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", [5, None, ("a",), "a\nb"], ids=repr)
 def test_a_file_of_pytorchs_with_other_things_than_names_is_refused(torch, with_bin, name):
     torch.save({name: torch.zeros(2)}, with_bin / "pytorch_model.bin")
@@ -503,6 +508,7 @@ def test_a_file_of_pytorchs_with_other_things_than_names_is_refused(torch, with_
         load(with_bin)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("value", [3, [1.0], {"a": 1}, "text", None], ids=str)
 def test_a_file_of_pytorchs_with_other_things_than_tensors_is_refused(torch, with_bin, value):
     torch.save({"wte.weight": value}, with_bin / "pytorch_model.bin")
