@@ -377,6 +377,7 @@ def open_model(name: str, models_dir: str, temporary: Path) -> SimpleNamespace:
     tables = [place for place in places if all((place / file).is_file() for file in utils.TOKENIZER_FILES)]
     complete = [p for p in tables if (p / "hparams.json").is_file() and (p / utils.WEIGHTS).is_file()]
     if name not in utils.RELEASED:
+        utils.load_encoder_hparams_and_params(name, models_dir)  # a model of Hugging Face has its weights from then on
         directory = tokenizer = utils.find_model(name, models_dir)
     elif complete:
         directory = tokenizer = complete[0]

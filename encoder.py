@@ -220,7 +220,7 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
 def main(text: str, model_size: str = "124M", models_dir: str = "models") -> None:
     """Show the tokens of TEXT, one a line: its id, then its text in quotes.
 
-    --model_size 124M     the model whose tokenizer to use: a name in models_dir, or a directory
+    --model_size 124M     the model whose tokenizer to use, named as for gpt2.py
     --models_dir models   where the models are
     """
     encoder = get_encoder(model_size, models_dir)

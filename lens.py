@@ -228,7 +228,7 @@ def show_next(prompt: str, k: int = 10, model_size: str = "124M", models_dir: st
     """Print the likeliest next tokens after PROMPT, `-` for standard input.
 
     --k 10                how many
-    --model_size 124M     the model: a released one, a name in models_dir, or a directory
+    --model_size 124M     the model: a released one, a name in models_dir, a directory, or one of Hugging Face
     --models_dir models   where the models are
     """
     check_count("k", k, least=1)
@@ -249,7 +249,7 @@ def show_attention(
     --layer 0             which layer, from 0
     --head N              one head, from 0, drawn large; without it, all of the layer
     --out FILE            the picture to make: .png, .svg or .pdf
-    --model_size 124M     the model: a released one, a name in models_dir, or a directory
+    --model_size 124M     the model: a released one, a name in models_dir, a directory, or one of Hugging Face
     --models_dir models   where the models are
     """
     if out is not None:
@@ -278,7 +278,7 @@ def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M
     """Draw what each layer would predict; without --out, print it for the last token.
 
     --out FILE            the picture to make: .png, .svg or .pdf
-    --model_size 124M     the model: a released one, a name in models_dir, or a directory
+    --model_size 124M     the model: a released one, a name in models_dir, a directory, or one of Hugging Face
     --models_dir models   where the models are
     """
     if out is not None:
@@ -301,7 +301,7 @@ def show_logit_lens(prompt: str, out: str | None = None, model_size: str = "124M
 def show_surprisal(prompt: str, model_size: str = "124M", models_dir: str = "models") -> None:
     """Print the text, coloured by how much each token surprises the model; or the bits of each.
 
-    --model_size 124M     the model: a released one, a name in models_dir, or a directory
+    --model_size 124M     the model: a released one, a name in models_dir, a directory, or one of Hugging Face
     --models_dir models   where the models are
     """
     encoder, ids, params, n_head = look(prompt, model_size, models_dir)
@@ -369,7 +369,7 @@ def write_report(prompt: str, out: str = "report.html", model_size: str = "124M"
     """Write a page for the browser that shows all of this at each token.
 
     --out report.html     the file to make; it needs no network and no other file
-    --model_size 124M     the model: a released one, a name in models_dir, or a directory
+    --model_size 124M     the model: a released one, a name in models_dir, a directory, or one of Hugging Face
     --models_dir models   where the models are
     """
     check_out(out)

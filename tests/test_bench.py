@@ -214,3 +214,14 @@ def test_peers_compute_the_same_model(kind, shakespeare, tmp_path, exported):
     if kind == "transformers":
         batch = np.stack([ids, ids[::-1]])
         assert np.transpose(list(engine(batch, 8))).tolist() == generate(batch, params, hparams["n_head"], 8)
+
+
+def test_a_model_of_hugging_face_is_measured_by_its_name(tiny_model, tmp_path, monkeypatch):
+    directory, fetched = tmp_path / "snapshot", []
+    export(str(tiny_model), str(directory))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface.fetch_model", lambda name: directory)
+    monkeypatch.setattr("huggingface.fetch_weights", lambda *arguments: fetched.append(arguments))
+    model = bench.open_model("owner/model", "models", tmp_path)
+    assert fetched == [("owner/model", directory)]
+    assert model.directory == directory.resolve()
