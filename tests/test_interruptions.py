@@ -74,7 +74,8 @@ def test_whenever_it_is_stopped_the_same_command_goes_on(mirror, tmp_path, expec
             directory = tmp_path / str(n_complete)
             directory.mkdir()
         else:
-            assert process.returncode in (130, -sent), errors
+            before_the_script = errors.startswith(b"Fatal Python error: init_import_site")  # Python itself was starting
+            assert process.returncode in (130, -sent) or before_the_script, errors
             if moment > 0.5:  # before, Python itself may be starting
                 assert b"Traceback" not in errors
     last = run("gpt2.py", *ARGUMENTS, cwd=directory)
