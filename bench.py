@@ -377,7 +377,6 @@ def open_model(name: str, models_dir: str, temporary: Path) -> SimpleNamespace:
     tables = [place for place in places if all((place / file).is_file() for file in utils.TOKENIZER_FILES)]
     complete = [p for p in tables if (p / "hparams.json").is_file() and (p / utils.WEIGHTS).is_file()]
     if name not in utils.RELEASED:
-        utils.load_encoder_hparams_and_params(name, models_dir)  # a model of Hugging Face has its weights from then on
         directory = tokenizer = utils.find_model(name, models_dir)
     elif complete:
         directory = tokenizer = complete[0]
@@ -391,7 +390,8 @@ def open_model(name: str, models_dir: str, temporary: Path) -> SimpleNamespace:
         initialize(params, np.random.default_rng(0))
         utils.save_model(directory, utils.read_encoder(tokenizer), hparams, params)
     directory = directory.resolve()
-    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(directory))
+    source = str(directory) if name in utils.RELEASED else name  # by its name, one of Hugging Face is downloaded
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(source, models_dir)
     about = {"directory": directory, "weights": weights, "tokenizer": str(tokenizer)}
     return SimpleNamespace(**about, encoder=encoder, hparams=hparams, params=params, remarks=[])
 

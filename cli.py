@@ -187,15 +187,20 @@ def call(main: Callable) -> None:
     fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=sort_arguments(main, sys.argv[1:]))
 
 
+def read_standard_input(what: str) -> bytes:
+    """All of standard input, which is to be `what`."""
+    if sys.stdin is None:
+        raise ValueError(f"there is no {what} to read: standard input is closed")
+    return sys.stdin.buffer.read()
+
+
 def read_document(path: str, errors: str = "strict") -> str:
     """The text in a file, or for `-` of standard input, its lines ending as Python's do.
 
     Raises ValueError for an empty one, UnicodeError, with the place, for one that is not UTF-8, if errors is "strict".
     """
-    if path == "-" and sys.stdin is None:
-        raise ValueError("there is no text to read: standard input is closed")
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        data = read_standard_input("text") if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise OSError(f"{path or 'a file without a name'} cannot be read: {error.strerror}") from error
     try:
@@ -212,9 +217,7 @@ def read_document(path: str, errors: str = "strict") -> str:
 def prompt_ids(prompt: str, encoder: Encoder) -> list[int]:
     """The token ids of a prompt: of `-` those of standard input, of an empty text the <|endoftext|> to start from."""
     if prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("there is no prompt to read: standard input is closed")
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+        prompt = read_standard_input("prompt").decode("utf-8", "replace")
     if not prompt and encoder.bos_id is None:
         raise ValueError("the prompt is empty, and this model has no <|endoftext|> to start from")
     return encoder.encode(prompt) or [encoder.bos_id]

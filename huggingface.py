@@ -23,9 +23,11 @@ import regex
 from checkpoint import is_offline
 from encoder import Encoder
 from utils import (
-    HUB_NAME,
     WEIGHTS,
     check_hparams,
+    check_vocabulary,
+    format_merges,
+    is_on_hub,
     load_encoder_hparams_and_params,
     map_tensors,
     nest_tensors,
@@ -86,13 +88,12 @@ def load_model(directory: Path, name: str) -> tuple[Encoder, dict, dict]:
     `params` may have, beside what a GPT-2 has, `eps` in its norms and an `lm_head` [n_vocab, n_embd]. Raises ValueError
     for a model that is not computed here as transformers does, or is damaged; FileNotFoundError, OSError, ImportError.
     """
-    config, encoder = read_config(directory / CONFIG), read_tokenizer(directory)
+    config = read_config(directory / CONFIG)
+    encoder = read_tokenizer(directory, config)
     hparams = {ours: config[theirs] for ours, theirs in NAMES.items()}
     if config["n_inner"] not in (None, 4 * config["n_embd"]):
         hparams["n_inner"] = config["n_inner"]
-    if len(encoder.encoder) > hparams["n_vocab"]:
-        sizes = f"the tokenizer has {len(encoder.encoder)} tokens, but vocab_size in {CONFIG} is {hparams['n_vocab']}"
-        raise ValueError(f"{directory}: {sizes}; get both again")
+    check_vocabulary(directory, encoder, hparams["n_vocab"], "the tokenizer", f"vocab_size in {CONFIG}")
     if is_on_hub(name):
         fetch_weights(name, directory)
     tensors = read_weights(directory)
@@ -154,7 +155,7 @@ def fold_attention_scale(blocks: list[dict], config: dict) -> None:
             block["attn"]["c_attn"] = c_attn
 
 
-def read_tokenizer(directory: Path) -> Encoder:
+def read_tokenizer(directory: Path, config: dict) -> Encoder:
     """The tokenizer in a directory; ValueError for one that cuts text otherwise than GPT-2's, or is damaged."""
     options, roles = (read_if_there(directory / file) for file in ("tokenizer_config.json", "special_tokens_map.json"))
     with in_file(directory / "tokenizer_config.json"):
@@ -180,7 +181,12 @@ def read_tokenizer(directory: Path) -> Encoder:
             if entry.get("normalized", not entry.get("special")):
                 later.append(token)
         encoder = Encoder(vocabulary, merges, added=added, special=special, later=later)
-    config = read_config(directory / CONFIG)
+    set_ends(encoder, directory, config)
+    return encoder
+
+
+def set_ends(encoder: Encoder, directory: Path, config: dict) -> None:
+    """Give `encoder` the ids that end and begin a text; say which settings of generation are not followed here."""
     path = directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else config
     for name, values in PLAIN_GENERATION.items():
@@ -195,7 +201,6 @@ def read_tokenizer(directory: Path) -> Encoder:
             raise ValueError(f"{directory}: {name} is {json.dumps(value)[:80]}: only one token's id is supported here")
     encoder.eot_id = eos if eos in encoder.decoder else None
     encoder.bos_id = next((i for i in (bos, eos) if i in encoder.decoder), encoder.bos_id)
-    return encoder
 
 
 def read_if_there(path: Path) -> dict:
@@ -281,6 +286,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / file for file in files]
 
 
+def has_weights(directory: Path) -> bool:
+    paths = weight_files(directory)
+    return bool(paths) and all(map(Path.is_file, paths))
+
+
 def is_plain(name: object) -> bool:
     """Whether `name` is that of a file, and not of one elsewhere."""
     return isinstance(name, str) and bool(PLAIN_NAME.fullmatch(name)) and name not in (".", "..")
@@ -336,11 +346,6 @@ def check_pytorch(path: Path) -> None:
         raise ImportError(f"{path} could run code in PyTorch {torch.__version__}: pip install --upgrade torch")
 
 
-def is_on_hub(name: str) -> bool:
-    """Whether `name` is that of a model of Hugging Face, and not of a directory."""
-    return bool(re.fullmatch(HUB_NAME, name)) and not Path(name).is_dir()
-
-
 def fetch_model(name: str) -> Path:
     """The directory, in huggingface_hub's cache, of a model with all but its weights.
 
@@ -360,7 +365,7 @@ def fetch_model(name: str) -> Path:
 
 def fetch_weights(name: str, directory: Path) -> None:
     """Download the weights of `fetch_model(name)` into its `directory`, if they are not there."""
-    if (paths := weight_files(directory)) and all(map(Path.is_file, paths)):
+    if has_weights(directory):
         return
     with hub_errors(name):
         from huggingface_hub import HfApi, snapshot_download
@@ -374,7 +379,7 @@ def fetch_weights(name: str, directory: Path) -> None:
             check_pytorch(directory / file)
         fetch([file])
         fetch([path.name for path in weight_files(directory)])
-    if is_offline() and not all(map(Path.is_file, weight_files(directory) or [directory / WEIGHTS])):
+    if is_offline() and not has_weights(directory):
         # huggingface_hub says so from 1.22 on
         raise FileNotFoundError(
             f"there is no directory {name}; its weights are not in the cache, and this run is offline"
@@ -429,8 +434,7 @@ def export(model_size: str, out: str, models_dir: str = "models") -> None:
         }
         for file, value in contents.items():
             (temporary / file).write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
-        merges = ["#version: 0.2", *map(" ".join, encoder.bpe_ranks), ""]
-        (temporary / "merges.txt").write_text("\n".join(merges), encoding="utf-8", newline="\n")
+        (temporary / "merges.txt").write_text(format_merges(encoder), encoding="utf-8", newline="\n")
         tensors = {
             name if name.startswith("lm_head") else f"transformer.{name}": a for name, a in tensors_of(params).items()
         }

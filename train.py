@@ -367,13 +367,12 @@ def choose_tokenizer(settings: dict, text: str) -> Encoder:
     if source := settings["init_from"] or settings["encoder"]:
         encoder = get_encoder(source)
         # Of what a tokenizer of Hugging Face may have, encoder.json and vocab.bpe cannot hold this.
-        if (
-            encoder.added
-            or encoder.special.keys() - {END_OF_TEXT}
-            or encoder.eot_id != encoder.encoder.get(END_OF_TEXT)
-        ):
-            odd = ", ".join([*encoder.added, *sorted(encoder.special.keys() - {END_OF_TEXT})]) or "another end of text"
-            raise ValueError(f"{source}: its tokenizer has {odd[:80]}, which a model trained here cannot keep")
+        odd = [*encoder.added, *sorted(encoder.special.keys() - {END_OF_TEXT})]
+        if not odd and encoder.eot_id != encoder.encoder.get(END_OF_TEXT):
+            odd = ["another end of text"]
+        if odd:
+            names = ", ".join(odd)[:80]
+            raise ValueError(f"{source}: its tokenizer has {names}, which a model trained here cannot keep")
         return encoder
     return Encoder(*train_bpe(text.replace(END_OF_TEXT, "\n"), settings["n_vocab"]))
 

@@ -52,10 +52,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
         return load_model(directory, str(model_size))
     encoder = read_encoder(directory)
     hparams = read_hparams(directory / "hparams.json")
-    n_tokens, n_vocab = len(encoder.encoder), hparams["n_vocab"]
-    if n_tokens > n_vocab:
-        sizes = f"encoder.json has {n_tokens} tokens, but n_vocab in hparams.json is {n_vocab}"
-        raise ValueError(f"{directory}: {sizes}; get both again")
+    check_vocabulary(directory, encoder, hparams["n_vocab"], "encoder.json", "n_vocab in hparams.json")
     shapes = param_shapes(hparams)
     weights = directory / WEIGHTS
     if not weights.is_file() or (directory / CHECKPOINT_INDEX).exists():
@@ -89,7 +86,7 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     for place in places:
         if place.is_dir():
             return place
-    if re.fullmatch(HUB_NAME, name):
+    if is_on_hub(name):
         from huggingface import fetch_model
 
         return fetch_model(name)
@@ -101,6 +98,11 @@ def find_model(model_size: str, models_dir: str = "models", files: Sequence[str]
     )
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether `name` is that of a model of Hugging Face, and not of a directory."""
+    return bool(re.fullmatch(HUB_NAME, name)) and not Path(name).is_dir()
+
+
 def is_huggingface(directory: Path) -> bool:
     """Whether a model directory is as Hugging Face has them."""
     return (directory / "config.json").is_file() and not (directory / "hparams.json").is_file()
@@ -109,9 +111,9 @@ def is_huggingface(directory: Path) -> bool:
 def read_encoder(directory: Path) -> Encoder:
     """The tokenizer of a model directory; ValueError if its files are damaged or do not fit together."""
     if is_huggingface(directory):
-        from huggingface import read_tokenizer
+        from huggingface import CONFIG, read_config, read_tokenizer
 
-        return read_tokenizer(directory)
+        return read_tokenizer(directory, read_config(directory / CONFIG))
     encoder, merges = read_vocabulary(directory / "encoder.json"), read_merges(directory / "vocab.bpe")
     try:
         tokenizer = Encoder(encoder, merges)
@@ -186,6 +188,13 @@ def read_text(path: Path) -> str:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: it is not UTF-8 ({error}); {MEND}") from error
+
+
+def check_vocabulary(directory: Path, encoder: Encoder, n_vocab: int, tokenizer: str, setting: str) -> None:
+    """Raise ValueError if the `tokenizer` in `directory` has tokens that the embedding, by `setting`, does not."""
+    if len(encoder.encoder) > n_vocab:
+        sizes = f"{tokenizer} has {len(encoder.encoder)} tokens, but {setting} is {n_vocab}"
+        raise ValueError(f"{directory}: {sizes}; get both again")
 
 
 def param_shapes(hparams: dict[str, int]) -> dict:
@@ -376,12 +385,16 @@ def save_params(path: Path, params: dict) -> None:
     save_tensors(path, tensors_of(params), {"format": "pt"})
 
 
+def format_merges(encoder: Encoder) -> str:
+    """The contents of `vocab.bpe`, which `read_merges` reads."""
+    return "\n".join(["#version: 0.2", *map(" ".join, encoder.bpe_ranks), ""])
+
+
 def save_model(directory: Path, encoder: Encoder, hparams: dict[str, int], params: dict) -> None:
     """Write a model directory, its weights last: before they are there, the directory has none, and not others."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / WEIGHTS).unlink(missing_ok=True)
-    merges = ["#version: 0.2", *map(" ".join, encoder.bpe_ranks), ""]
-    texts = (json.dumps(encoder.encoder, ensure_ascii=False), "\n".join(merges), json.dumps(hparams, indent=1))
+    texts = (json.dumps(encoder.encoder, ensure_ascii=False), format_merges(encoder), json.dumps(hparams, indent=1))
     for file, text in zip((*TOKENIZER_FILES, "hparams.json"), texts, strict=True):
         with replacing(directory / file) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")

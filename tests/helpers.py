@@ -5,6 +5,7 @@ import ctypes
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,15 @@ def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, and capture what it prints, as bytes."""
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, capture_output=True, timeout=120, **{"stdin": subprocess.DEVNULL, **options})
+
+
+def interrupt(process: subprocess.Popen, timeout: float = 20) -> tuple[bytes, bytes]:
+    """Press Ctrl-C; what the process has still printed, and its errors, if it ends in time."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        process.kill()
 
 
 def as_any_user() -> None:

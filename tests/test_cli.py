@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cli
 import gpt2
 from cli import print_samples, sort_arguments, until
-from helpers import ROOT, TINY, random_params, run, write_model
+from helpers import ROOT, TINY, interrupt, random_params, run, write_model
 from utils import load_encoder_hparams_and_params
 
 FLAGS = (
@@ -398,11 +398,7 @@ def test_ctrl_c_ends_with_what_was_printed_a_newline_and_status_130(tiny_model):
     ) as process:
         first = os.read(process.stdout.fileno(), 100)
         time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        try:
-            rest, errors = process.communicate(timeout=20)
-        finally:
-            process.kill()
+        rest, errors = interrupt(process)
     assert process.returncode == 130
     assert first
     assert rest.endswith(b"\n")

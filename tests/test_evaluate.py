@@ -17,7 +17,18 @@ import evaluate as module
 from encoder import END_OF_TEXT, Encoder
 from evaluate import last_words, loss, measures, option_scores, text_losses, token_losses, windows
 from gpt2 import generate, gpt2
-from helpers import BUNDLED, ROOT, SHAKESPEARE, TINY, random_params, run, tiny_tables, write_model, write_tables
+from helpers import (
+    BUNDLED,
+    ROOT,
+    SHAKESPEARE,
+    TINY,
+    interrupt,
+    random_params,
+    run,
+    tiny_tables,
+    write_model,
+    write_tables,
+)
 from utils import load_encoder_hparams_and_params
 
 N_HEAD, N_CTX, N_VOCAB = TINY["n_head"], TINY["n_ctx"], TINY["n_vocab"]
@@ -459,11 +470,7 @@ def test_ctrl_c_ends_an_evaluation_of_many_windows(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:  # fmt: skip
         time.sleep(3)
-        process.send_signal(signal.SIGINT)
-        try:
-            out, err = process.communicate(timeout=20)
-        finally:
-            process.kill()
+        out, err = interrupt(process)
     assert (process.returncode, out.strip(), err) == (130, b"", b"")
 
 

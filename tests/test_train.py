@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 import train
 from gpt2 import gpt2, softmax
-from helpers import ROOT, TINY, run
+from helpers import ROOT, TINY, interrupt, run
 from huggingface import export
 from train import main, view_as
 from utils import flatten, load_encoder_hparams_and_params, map_leaves, param_shapes, tensor_name
@@ -334,8 +334,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_status_130(text, tmp_path)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **restore) as process:
         while not (Path(out, "train.csv").is_file() and len(rows_of(out)) > 1) and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = interrupt(process, timeout=60)
     assert process.returncode == 130
     first, last = errors.decode().strip().split("\n\n")
     assert first.startswith("finishing this step")
