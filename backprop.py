@@ -1,9 +1,8 @@
 """The operations of gpt2.py once more, each with its derivative: what a training step computes.
 
-An operation returns its result and a function `backward`, a closure: the activations that it needs stay alive until it
-has run. It takes the gradient of the loss with respect to the result, adds to `grads` those with respect to the
-operation's parameters, and returns the one with respect to its input. A gradient has the shape, and with a `d_` before
-it the name, of what it is for; the names in the shape comments are those of gpt2.py.
+An operation returns its result and a function `backward`, a closure that keeps the activations it needs. That takes the
+gradient of the loss with respect to the result, adds to `grads` those of the operation's parameters, and returns that
+of its input. A gradient has the shape of what it is for, and its name with a `d_` before it.
 """
 
 import math
@@ -13,8 +12,10 @@ from functools import cache, partial
 import numpy as np
 from numpy import ndarray as Array
 
+Result = tuple[Array, Callable]  # of an operation: what it computes, and `backward`
 
-def gelu(x: Array) -> tuple[Array, Callable]:
+
+def gelu(x: Array) -> Result:
     """`gpt2.gelu`, 0.5 x (1 + t) with t = tanh(u) and u = sqrt(2/pi) (x + 0.044715 x^3)."""
     scale = math.sqrt(2 / math.pi)
     t = x * x  # from here on in place: at these sizes a new array costs more than the arithmetic
@@ -41,7 +42,7 @@ def gelu(x: Array) -> tuple[Array, Callable]:
     return y, backward
 
 
-def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, Callable]:
+def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> Result:
     """`gpt2.layer_norm` over the last axis: g * normalized + b, with normalized = (x - mean) / sqrt(variance + eps)."""
     normalized = x - np.mean(x, axis=-1, keepdims=True)
     scale = 1 / np.sqrt(np.mean(normalized * normalized, axis=-1, keepdims=True) + eps)  # [..., n_seq, 1]
@@ -60,7 +61,7 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, 
     return g * normalized + b, backward
 
 
-def linear(x: Array, w: Array, b: Array) -> tuple[Array, Callable]:
+def linear(x: Array, w: Array, b: Array) -> Result:
     """x @ w + b: [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]."""
     n_in, n_out = w.shape
     y = x.reshape(-1, n_in) @ w  # as one product for all leading axes
@@ -75,7 +76,7 @@ def linear(x: Array, w: Array, b: Array) -> tuple[Array, Callable]:
     return y.reshape(*x.shape[:-1], n_out), backward
 
 
-def dropout(x: Array, rate: float, rng: np.random.Generator) -> tuple[Array, Callable]:
+def dropout(x: Array, rate: float, rng: np.random.Generator) -> Result:
     """Zero each number with the probability `rate`, and scale the others so that the mean stays (Srivastava 2014)."""
     if rate == 0:
         return x, lambda d_y: d_y
@@ -90,7 +91,7 @@ def causal_mask(n_seq: int, dtype: np.dtype) -> Array:
     return (1 - np.tri(n_seq, dtype=dtype)) * -1e10
 
 
-def attention(q: Array, k: Array, v: Array, drop: Callable) -> tuple[Array, Callable]:
+def attention(q: Array, k: Array, v: Array, drop: Callable) -> Result:
     """Causal `gpt2.attention` with dropout of its weights: three of [..., n_head, n_seq, d] -> the same shape."""
     q = q / math.sqrt(q.shape[-1])  # here, and not in the scores, which are many more
     weights = q @ np.swapaxes(k, -1, -2)  # [..., n_head, n_seq, n_seq]
@@ -113,7 +114,7 @@ def attention(q: Array, k: Array, v: Array, drop: Callable) -> tuple[Array, Call
     return heads, backward
 
 
-def mha(x: Array, c_attn: dict, c_proj: dict, n_head: int, drop: Callable) -> tuple[Array, Callable]:
+def mha(x: Array, c_attn: dict, c_proj: dict, n_head: int, drop: Callable) -> Result:
     """Causal multi-head self-attention: [..., n_seq, n_embd] -> the same shape."""
     qkv, back_c_attn = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3*n_embd]
     split = (*x.shape[:-1], 3, n_head, x.shape[-1] // n_head)
@@ -131,7 +132,7 @@ def mha(x: Array, c_attn: dict, c_proj: dict, n_head: int, drop: Callable) -> tu
     return y, backward
 
 
-def ffn(x: Array, c_fc: dict, c_proj: dict) -> tuple[Array, Callable]:
+def ffn(x: Array, c_fc: dict, c_proj: dict) -> Result:
     """The feed-forward network of a block: [..., n_seq, n_embd] -> the same shape."""
     a, back_c_fc = linear(x, **c_fc)  # -> [..., n_seq, 4*n_embd]
     a, back_gelu = gelu(a)
@@ -143,9 +144,7 @@ def ffn(x: Array, c_fc: dict, c_proj: dict) -> tuple[Array, Callable]:
     return y, backward
 
 
-def transformer_block(
-    x: Array, mlp: dict, attn: dict, ln_1: dict, ln_2: dict, n_head: int, drop: Callable
-) -> tuple[Array, Callable]:
+def transformer_block(x: Array, mlp: dict, attn: dict, ln_1: dict, ln_2: dict, n_head: int, drop: Callable) -> Result:
     """One layer, with dropout of what each part adds to the residual stream: [..., n_seq, n_embd] -> the same shape."""
     a, back_ln_1 = layer_norm(x, **ln_1)
     a, back_attn = mha(a, **attn, n_head=n_head, drop=drop)
@@ -162,7 +161,7 @@ def transformer_block(
     return x + a, backward
 
 
-def embedding(ids: Array, wte: Array, wpe: Array) -> tuple[Array, Callable]:
+def embedding(ids: Array, wte: Array, wpe: Array) -> Result:
     """wte[ids] + wpe: ids [..., n_seq] -> [..., n_seq, n_embd]."""
     n_seq = ids.shape[-1]
 
@@ -173,7 +172,7 @@ def embedding(ids: Array, wte: Array, wpe: Array) -> tuple[Array, Callable]:
     return wte[ids] + wpe[:n_seq], backward
 
 
-def tied_output(x: Array, wte: Array) -> tuple[Array, Callable]:
+def tied_output(x: Array, wte: Array) -> Result:
     """The logits: [..., n_seq, n_embd] @ [n_vocab, n_embd]^T -> [..., n_seq, n_vocab]."""
 
     def backward(d_logits: Array, grads: dict) -> Array:
@@ -203,9 +202,7 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[float, Callable]:
     return float(loss), backward
 
 
-def gpt2_logits(
-    ids: Array, wte: Array, wpe: Array, blocks: list, ln_f: dict, n_head: int, drop: Callable
-) -> tuple[Array, Callable]:
+def gpt2_logits(ids: Array, wte: Array, wpe: Array, blocks: list, ln_f: dict, n_head: int, drop: Callable) -> Result:
     """The whole model: ids [..., n_seq] -> logits [..., n_seq, n_vocab]."""
     x, back_embedding = embedding(ids, wte, wpe)
     x, back_drop = drop(x)

@@ -7,16 +7,20 @@ most often first (Sennrich et al. 2016; GPT-2 paper, section 2.2). Any string ha
 import codecs
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count, pairwise
+from pathlib import Path
 
 import regex
 
+from store.models import TOKENIZER_FILES, find_model, load_tables
+
 END_OF_TEXT = "<|endoftext|>"
-# Contractions; letters, digits or other signs with one space before; spaces, but for the last, which goes with a word.
+# Contractions; letters, digits or other signs with one space before; white space, whose last space goes with a word.
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-SPECIAL = regex.compile(r"<\P{Cs}*>")  # any token in angle brackets, but for lone surrogates: UTF-8 has none
-MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 65_536, 64
+SPECIAL = regex.compile(r"<\P{Cs}*>")  # any token in angle brackets that has no lone surrogates
+N_CACHED_WORDS, SHORT = 65_536, 64  # each of at most 64 characters
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -42,39 +46,65 @@ def split_bytes(word: str) -> list[str]:
     return list(word.encode().decode("latin-1").translate(BYTE_ENCODER))
 
 
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that no merge makes: it is found in a text before the text is cut into words.
+
+    A `special` token is found only when asked for. `lstrip` and `rstrip` take along the white space before and after.
+    A `single_word` has no letter or digit next to it. `normalized` tokens are sought in what the others leave.
+    """
+
+    text: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that finds the token, which is its only group."""
+        before = r"(?:(?<!\s)\s++)?" if self.lstrip else ""  # begins at the first white space, to try it only once
+        token = f"({regex.escape(self.text)})"
+        return before + (rf"(?<!\w){token}(?!\w)" if self.single_word else token) + (r"\s*+" if self.rstrip else "")
+
+
+def patterns_of(tokens: Iterable[AddedToken]) -> list[regex.Pattern]:
+    """What finds `tokens`, of several at one place the longest: a pattern, then one for those that are `normalized`."""
+    longest_first = sorted(tokens, key=lambda token: len(token.text), reverse=True)
+    passes = [[t.pattern for t in longest_first if t.normalized == normalized] for normalized in (False, True)]
+    return [regex.compile(f"(?|{'|'.join(patterns)})") for patterns in passes if patterns]
+
+
 class Encoder:
     """The tokenizer of one model.
 
-    `encoder` maps tokens, in the alphabet of `bytes_to_unicode`, to ids from 0 to n - 1; `bpe_merges` are pairs of
-    tokens, the first to merge first; `errors` is as in `bytes.decode`. Tokens that no merge makes are found in a text
-    before it is cut into words: those `added` always, the `special` ones when asked to. Both map a token, in its own
-    characters, to the regular expression that finds it, with the token as its group. Those in `later` are only sought
-    in what the others leave. Tables that do not fit raise ValueError. `eot_id` ends a text, and `bos_id` begins an
-    empty one: <|endoftext|>, or None without it.
+    `encoder` maps tokens, in the alphabet of `bytes_to_unicode`, to ids from 0 to n - 1. `bpe_merges` are pairs of
+    tokens, the first to merge first. `added_tokens` are in `encoder` too, in their own characters. Tables that do not
+    fit raise ValueError. `eot_id` ends a text and `bos_id` begins an empty one: <|endoftext|>, or None without it.
     """
 
     def __init__(
-        self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], errors: str = "replace",
-        added: Mapping[str, str] | None = None, special: Mapping[str, str] | None = None, later: Iterable[str] = (),
-    ) -> None:  # fmt: skip
+        self, encoder: dict[str, int], bpe_merges: Iterable[tuple[str, str]], added_tokens: Iterable[AddedToken] = ()
+    ) -> None:
         self.encoder = encoder
         self.decoder = {i: token for token, i in encoder.items()}
         self.bpe_ranks = dict(zip(bpe_merges, count()))
-        self.errors = errors
         self.eot_id = self.bos_id = encoder.get(END_OF_TEXT)
-        self.added = dict(added or {})
-        self.special = dict(special or {})
-        if END_OF_TEXT in encoder.keys() - self.added.keys():
-            self.special.setdefault(END_OF_TEXT, f"({regex.escape(END_OF_TEXT)})")
-        self.later = set(later)
-        self._find_added, self._find_all = self._finders(self.added), self._finders(self.added | self.special)
-        self._cache: dict[str, list[int]] = {}
+        self.added_tokens = {token.text: token for token in added_tokens}
+        if END_OF_TEXT in encoder:
+            self.added_tokens.setdefault(END_OF_TEXT, AddedToken(END_OF_TEXT, special=True))
+        self._all_added = patterns_of(self.added_tokens.values())
+        self._ordinary_added = patterns_of(token for token in self.added_tokens.values() if not token.special)
+        self._cache: dict[str, list[int]] = {}  # the ids of words
         if self.decoder.keys() != set(range(len(encoder))):
             raise ValueError("the vocabulary's ids must be 0, 1, 2 and so on, each once")
+        if odd := [text for text in self.added_tokens if not text.encode() or text not in encoder]:
+            raise ValueError(f"the added token {odd[0]!r} is empty, or not in the vocabulary")
         made = set(map("".join, self.bpe_ranks))
         if missing := made.union(*self.bpe_ranks) - encoder.keys():
             raise ValueError(f"the merges name {min(missing)!r}, which is not in the vocabulary")
-        orphans = encoder.keys() - made - BYTE_DECODER.keys() - self.added.keys() - self.special.keys()
+        orphans = encoder.keys() - made - BYTE_DECODER.keys() - self.added_tokens.keys()
         if orphans := [token for token in orphans if not SPECIAL.fullmatch(token)]:
             raise ValueError(f"no merge makes {min(orphans)!r}, which is in the vocabulary and no special token")
         if missing := BYTE_DECODER.keys() - encoder.keys():
@@ -82,33 +112,21 @@ class Encoder:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The token ids of `text`. `<|endoftext|>` is ordinary text in it, or with `allow_special` the one token."""
-        return self._encode_between(text, self._find_all if allow_special else self._find_added)
+        return self._encode_between(text, self._all_added if allow_special else self._ordinary_added)
 
-    def _finders(self, patterns: Mapping[str, str]) -> list[regex.Pattern]:
-        """What finds the tokens of `patterns`, of several at one place the longest: first some, then those `later`."""
-        longest_first = sorted(patterns, key=len, reverse=True)
-        passes = [[patterns[t] for t in longest_first if (t in self.later) == is_later] for is_later in (False, True)]
-        return [regex.compile(f"(?|{'|'.join(alternatives)})") for alternatives in passes if alternatives]
-
-    def _encode_between(self, text: str, finders: list[regex.Pattern]) -> list[int]:
-        """The ids of `text`: of the tokens that the first of `finders` finds, and of what is between those."""
-        if not finders:
-            return self._encode_words(text)
-        ids = []
-        for i, part in enumerate(finders[0].split(text)):  # text, token, text, token, ..., text
-            ids += [self.encoder[part]] if i % 2 else self._encode_between(part, finders[1:])
-        return ids
-
-    def _encode_words(self, text: str) -> list[int]:
+    def _encode_between(self, text: str, patterns: list[regex.Pattern]) -> list[int]:
+        """The ids of `text`: of the added tokens that `patterns` find, and of the words between them."""
         ids: list[int] = []
-        for word in split_words(text):
-            if (word_ids := self._cache.get(word)) is None:
-                word_ids = self._encode_word(word)
-                if len(word) <= MAX_CACHED_LENGTH:
-                    if len(self._cache) >= MAX_CACHED_WORDS:
-                        self._cache.clear()
-                    self._cache[word] = word_ids
-            ids += word_ids
+        if patterns:
+            for i, part in enumerate(patterns[0].split(text)):  # text, token, text, token, ..., text
+                ids += [self.encoder[part]] if i % 2 else self._encode_between(part, patterns[1:])
+        else:
+            for word in split_words(text):
+                if (word_ids := self._cache.get(word)) is None:
+                    word_ids = self._encode_word(word)
+                    if len(word) <= SHORT and len(self._cache) < N_CACHED_WORDS:
+                        self._cache[word] = word_ids
+                ids += word_ids
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
@@ -144,27 +162,36 @@ class Encoder:
         if i not in self.decoder:
             raise ValueError(f"token id {i} is not in the vocabulary, whose ids are 0 to {len(self.decoder) - 1}")
         token = self.decoder[i]
-        if token in self.added or token in self.special:
+        if token in self.added_tokens:
             return token.encode()
-        # A special token that is not declared so may have characters of its own.
+        # A special token that is not among the added ones may have characters outside of the alphabet.
         return b"".join(bytes([BYTE_DECODER[c]]) if c in BYTE_DECODER else c.encode() for c in token)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; ValueError for an id that is not in the vocabulary."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", self.errors)
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """The text of `ids`, `errors` as in `bytes.decode`; ValueError for an id that is not in the vocabulary."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` in pieces: each character as soon as its last byte is there."""
-        decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.token_bytes(i))
         yield decoder.decode(b"", final=True)
 
 
-def get_encoder(model_name: str, models_dir: str = "models") -> Encoder:
-    """The tokenizer of a model, from its `encoder.json` and `vocab.bpe`; those of a released model are downloaded."""
-    from utils import TOKENIZER_FILES, find_model, read_encoder
+def read_encoder(directory: Path) -> Encoder:
+    """The tokenizer of a model directory; ValueError if its files are damaged or do not fit together."""
+    tables = load_tables(directory)
+    try:
+        tokenizer = Encoder(tables.vocabulary, tables.merges, [AddedToken(**entry) for entry in tables.added_tokens])
+    except ValueError as error:
+        raise ValueError(f"{tables.misfit}: {error}; get them again") from error
+    vars(tokenizer).update(tables.ends)  # eot_id and bos_id
+    return tokenizer
 
+
+def get_encoder(model_name: str, models_dir: str = "models") -> Encoder:
+    """The tokenizer of a model, found as `store.models.find_model` does; that of a released one is downloaded."""
     return read_encoder(find_model(model_name, models_dir, TOKENIZER_FILES))
 
 
@@ -218,11 +245,7 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def main(text: str, model_size: str = "124M", models_dir: str = "models") -> None:
-    """Show the tokens of TEXT, one a line: its id, then its text in quotes.
-
-    --model_size 124M     the model whose tokenizer to use, named as for gpt2.py
-    --models_dir models   where the models are
-    """
+    """Show the tokens of TEXT, one a line: its id, then its text in quotes."""
     encoder = get_encoder(model_size, models_dir)
     for i in encoder.encode(text):
         part = encoder.token_bytes(i)
@@ -231,6 +254,6 @@ def main(text: str, model_size: str = "124M", models_dir: str = "models") -> Non
 
 
 if __name__ == "__main__":
-    from cli import run
+    from show.cli import run
 
     run(main)

@@ -1,7 +1,7 @@
 """GPT-2 in plain NumPy, to be read from the top: the model, generation, the command line.
 
-In the shape comments n_seq is the number of tokens, n_embd the width of the model, n_head the number of its heads, each
-n_embd / n_head wide; `...` stands for leading batch axes, of which there may be none.
+In the shape comments n_seq is the number of tokens, n_embd the width of the model and n_head the number of its heads,
+each n_embd / n_head wide; `...` stands for leading batch axes, of which there may be none.
 """
 
 import itertools
@@ -11,21 +11,21 @@ import signal
 from collections.abc import Iterator
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported ends this without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the other imports ends without a traceback
 
 import numpy as np
 from numpy import ndarray as Array
 
+from engine.threads import in_parts
 from sampling import check_count, check_options, sample
 
 QUERY_BLOCK = 96  # positions
 
 
 def gelu(x: Array) -> Array:
-    """Gaussian error linear unit, in the tanh form of GPT-2 (Hendrycks and Gimpel 2016, section 2).
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's form of the unit (Hendrycks and Gimpel 2016, section 2).
 
-    x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), step by step in one array: as one expression it makes seven, in 1.5
-    times the time.
+    Computed step by step in one array: written as one expression it makes seven arrays and takes 1.5 times as long.
     """
     c = math.sqrt(2 / math.pi)
     y = np.asarray(0.044715 * c * x)
@@ -40,11 +40,8 @@ def gelu(x: Array) -> Array:
 
 
 def softmax(x: Array, out: Array | None = None) -> Array:
-    """exp(x) / sum(exp(x)) over the last axis; less its maximum first, which changes nothing but avoids overflow.
-
-    In a new array, or in `out`, which may be x.
-    """
-    # These reductions are np.max and np.sum without their parts in Python, which a small array feels; so in layer_norm.
+    """exp(x) / sum(exp(x)) over the last axis, in a new array or in `out`. Subtracting the maximum avoids overflow."""
+    # np.max's Python wrapper costs more than the reduction of a small array, so the ufunc is called directly.
     exp_x = np.subtract(x, np.maximum.reduce(x, axis=-1, keepdims=True), out=out)
     exp_x = np.exp(exp_x, out=out)
     exp_x /= np.add.reduce(exp_x, axis=-1, keepdims=True)
@@ -63,13 +60,9 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> Array:
 
 
 def matmul(x: Array, w: Array) -> Array:
-    """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product for all leading axes.
-
-    NumPy would make one for each index of them: 16 sequences would read the weights 16 times. Up to 4 rows are indeed
-    faster one by one, 2 in 0.6 of the time: to multiply by more than a row, BLAS first makes a copy of all of w.
-    """
+    """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product: NumPy would read w for each leading index."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= 4:
+    if len(rows) <= 4:  # faster one by one, 2 in 0.6 of the time: BLAS copies w before it multiplies several rows
         rows = rows[:, None]
     return (rows @ w).reshape(*x.shape[:-1], w.shape[-1])
 
@@ -88,21 +81,21 @@ def ffn(x: Array, c_fc: dict, c_proj: dict) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), plus a mask, of the last keys or of all.
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1); the mask is added to the scores of the last keys.
 
     [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v], [n_q, up to n_k] -> [..., n_q, d_v].
     """
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
     if mask is not None:
         scores[..., -mask.shape[-1] :] += mask
-    return softmax(scores, out=scores) @ v  # in one array, which stays in the cache: 0.8 of the time
+    return softmax(scores, out=scores) @ v  # in place, so that it stays in the processor's cache: 0.8 of the time
 
 
 def causal_attention(q: Array, k: Array, v: Array) -> Array:
     """Attention in which a position sees itself and those before it; q has the last n_q of the positions of k and v.
 
-    [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v] -> [..., n_q, d_v]. In blocks of queries: the keys after a block
-    are left out, in a prompt half of them all, and its scores stay in the processor's cache.
+    [..., n_q, d_k], [..., n_k, d_k], [..., n_k, d_v] -> [..., n_q, d_v]. Queries are taken in blocks: so half of a
+    prompt's scores are never computed, and the others stay in the processor's cache.
     """
     n_q, n_past = q.shape[-2], k.shape[-2] - q.shape[-2]
     if n_q == 1:
@@ -119,8 +112,8 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
 def split_heads(x: Array, c_attn: dict, n_head: int, kv_cache: Array | None = None) -> tuple[Array, Array, Array]:
     """The queries, keys and values of all heads: [..., n_seq, n_embd] -> three of [..., n_head, n_seq, n_embd/n_head].
 
-    `kv_cache`, if given, is one layer's [..., n_head, 2, n_past + n_seq, n_embd/n_head]: keys and values of the n_past
-    positions before x, and room for those of x, which are written there. Then those of all positions are returned.
+    `kv_cache` is one layer's [..., n_head, 2, n_past + n_seq, n_embd/n_head]: keys and values of n_past earlier
+    positions, and room for those of x, which are written there. Then keys and values of all positions are returned.
     """
     qkv = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3*n_embd]
     qkv = qkv.reshape(*qkv.shape[:-1], 3, n_head, -1)  # -> [..., n_seq, 3, n_head, n_embd/n_head]
@@ -148,62 +141,6 @@ def transformer_block(
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
-def hidden_states(
-    inputs: Array, wte: Array, wpe: Array, blocks: list, ln_f: dict, n_head: int, cache: dict | None = None,
-    lm_head: Array | None = None,
-) -> Array:  # fmt: skip
-    """The model up to and including `ln_f`: token ids [..., n_seq] -> [..., n_seq, n_embd]. `lm_head` is not used.
-
-    With a `cache` of `new_cache` the inputs are the positions after those it holds; theirs are added to it. Raises
-    ValueError for ids outside the vocabulary and for more positions than the model, or the cache, has room for.
-    """
-    n_past, n_room = (cache["n_past"], cache["kv"].shape[-2]) if cache else (0, wpe.shape[0])
-    ids = check_ids(inputs, wte.shape[0], n_room - n_past)
-    n_all = n_past + ids.shape[-1]
-    x = wte[ids] + wpe[n_past:n_all]  # [..., n_seq] -> [..., n_seq, n_embd]
-    layers = cache["kv"][..., :n_all, :] if cache else [None] * len(blocks)  # of each layer, up to the new positions
-    for block, kv_cache in zip(blocks, layers, strict=True):
-        x = transformer_block(x, **block, n_head=n_head, kv_cache=kv_cache)
-    if cache:
-        cache["n_past"] = n_all
-    return layer_norm(x, **ln_f)
-
-
-def to_logits(x: Array, wte: Array, lm_head: Array | None = None, **_: object) -> Array:
-    """Hidden states [..., n_embd] -> logits [..., n_vocab]: `to_logits(x, **params)`.
-
-    GPT-2 writes with the table that it reads with, `wte` [n_vocab, n_embd]; others have an `lm_head` of that shape.
-    """
-    return matmul(x, (wte if lm_head is None else lm_head).T)
-
-
-def gpt2(
-    inputs: Array, wte: Array, wpe: Array, blocks: list, ln_f: dict, n_head: int, cache: dict | None = None,
-    lm_head: Array | None = None,
-) -> Array:  # fmt: skip
-    """GPT-2: token ids [..., n_seq] -> logits of each position's next token [..., n_seq, n_vocab].
-
-    `cache` and what is raised: as for `hidden_states`.
-    """
-    x = hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache)
-    return to_logits(x, wte, lm_head)  # [..., n_seq, n_embd] -> [..., n_seq, n_vocab]
-
-
-def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None = None) -> dict:
-    """An empty KV cache: room for the keys and values of n_positions, of one sequence or of n_batch.
-
-    `n_past` counts the positions it holds, and may be set back to forget the last ones; `kv` is [n_layer, (n_batch,)
-    n_head, 2, n_positions, n_embd/n_head].
-    """
-    n_ctx, n_embd = params["wpe"].shape
-    check_count("n_positions", n_positions, least=1)
-    if n_positions > n_ctx:
-        raise ValueError(f"n_positions must be at most the model's {n_ctx}, not {n_positions}")
-    batch = () if n_batch is None else (n_batch,)
-    shape = (len(params["blocks"]), *batch, n_head, 2, n_positions, n_embd // n_head)
-    return {"n_past": 0, "kv": np.zeros(shape, dtype=params["wpe"].dtype)}
-
-
 def check_ids(inputs: Array, n_vocab: int, n_room: int) -> Array:
     """`inputs` as an array; ValueError unless they are 1 to n_room token ids (in each row), from 0 to n_vocab - 1."""
     ids = np.asarray(inputs)
@@ -214,6 +151,83 @@ def check_ids(inputs: Array, n_vocab: int, n_room: int) -> Array:
     if ids.min() < 0 or ids.max() >= n_vocab:
         raise ValueError(f"token ids must be from 0 to {n_vocab - 1}, not {ids.min() if ids.min() < 0 else ids.max()}")
     return ids.astype(np.intp, copy=False)
+
+
+def embed(inputs: Array, wte: Array, wpe: Array, blocks: list, cache: dict | None = None, **_: object) -> tuple:
+    """What enters the first block, [..., n_seq] -> [..., n_seq, n_embd], and the `kv_cache` of each block."""
+    n_past, n_room = (cache["n_past"], cache["kv"].shape[-2]) if cache else (0, wpe.shape[0])
+    ids = check_ids(inputs, wte.shape[0], n_room - n_past)
+    n_all = n_past + ids.shape[-1]
+    x = wte[ids] + wpe[n_past:n_all]  # [..., n_seq] -> [..., n_seq, n_embd]
+    return x, (cache["kv"][..., :n_all, :] if cache else [None] * len(blocks))
+
+
+def apply_blocks(x: Array, blocks: list, n_head: int, kv_cache: Array | list) -> Array:
+    """One block after another: [..., n_seq, n_embd] -> the same shape. `kv_cache` is that of each block."""
+    for block, kv in zip(blocks, kv_cache, strict=True):
+        x = transformer_block(x, **block, n_head=n_head, kv_cache=kv)
+    return x
+
+
+def hidden_states(
+    inputs: Array, wte: Array, wpe: Array, blocks: list, ln_f: dict, n_head: int, cache: dict | None = None,
+    lm_head: Array | None = None,
+) -> Array:  # fmt: skip
+    """The model up to and including `ln_f`: token ids [..., n_seq] -> [..., n_seq, n_embd]. `lm_head` is not used.
+
+    With a `cache` of `new_cache` the inputs follow the positions that it holds, and are added to it. Raises ValueError
+    for ids outside the vocabulary and for more positions than the model, or the cache, has room for.
+    """
+    x, kv_cache = embed(inputs, wte, wpe, blocks, cache)
+    x = apply_blocks(x, blocks, n_head, kv_cache)
+    if cache:
+        cache["n_past"] += x.shape[-2]
+    return layer_norm(x, **ln_f)
+
+
+def to_logits(x: Array, wte: Array, lm_head: Array | None = None, **_: object) -> Array:
+    """Hidden states [..., n_embd] -> logits [..., n_vocab]. GPT-2 uses `wte` here too; others may have an `lm_head`."""
+    return matmul(x, (wte if lm_head is None else lm_head).T)
+
+
+def gpt2(
+    inputs: Array, wte: Array, wpe: Array, blocks: list, ln_f: dict, n_head: int, cache: dict | None = None,
+    lm_head: Array | None = None,
+) -> Array:  # fmt: skip
+    """GPT-2: token ids [..., n_seq] -> logits of each next token [..., n_seq, n_vocab]. More: see `hidden_states`."""
+    x = hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache)
+    return to_logits(x, wte, lm_head)  # [..., n_seq, n_embd] -> [..., n_seq, n_vocab]
+
+
+def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None = None) -> dict:
+    """An empty KV cache: room for n_positions of one sequence, or of n_batch. Setting `n_past` back forgets the last.
+
+    `kv` has the keys and values, [n_layer, (n_batch,) n_head, 2, n_positions, n_embd/n_head].
+    """
+    n_ctx, n_embd = params["wpe"].shape
+    check_count("n_positions", n_positions, least=1, most=n_ctx)
+    batch = () if n_batch is None else (n_batch,)
+    shape = (len(params["blocks"]), *batch, n_head, 2, n_positions, n_embd // n_head)
+    return {"n_past": 0, "kv": np.zeros(shape, dtype=params["wpe"].dtype)}
+
+
+def prefill(inputs: Array, params: dict, n_head: int, cache: dict) -> Array:
+    """`hidden_states` of the last position only: [..., n_seq] -> [..., n_embd]. A long prompt uses all cores."""
+    if np.shape(inputs)[-1:] == (1,):
+        return hidden_states(inputs, **params, n_head=n_head, cache=cache)[..., 0, :]
+    x, kv_cache = embed(inputs, **params, cache=cache)
+    *blocks, last = params["blocks"]
+
+    def fill(x: Array, kv_cache: Array | list) -> Array:
+        """All blocks but the last, of which the other positions need keys and values only."""
+        x = apply_blocks(x, blocks, n_head, kv_cache[:-1])
+        split_heads(layer_norm(x, **last["ln_1"]), last["attn"]["c_attn"], n_head, kv_cache[-1])
+        return x[..., -1:, :]
+
+    x = in_parts(fill, x, kv_cache)[..., -1:, :]
+    x = transformer_block(x, **last, n_head=n_head, kv_cache=kv_cache[-1])
+    cache["n_past"] = kv_cache.shape[-2]
+    return layer_norm(x, **params["ln_f"])[..., 0, :]
 
 
 def stream(
@@ -233,19 +247,16 @@ def stream(
     check_options(temperature, top_k, top_p, seed)
     check_count("n_tokens_to_generate", n_tokens_to_generate)
     for name, value in (("n_samples", n_samples), ("n_vocab", n_vocab)):
-        if value is not None:
-            check_count(name, value, least=1)
+        check_count(name, 1 if value is None else value, least=1)
     n_ctx = params["wpe"].shape[0]
     context = check_ids(inputs, params["wte"].shape[0], n_ctx)
     if context.ndim > 2 or (n_samples is not None and context.ndim > 1):
         raise ValueError("generation takes one prompt [n_seq], or without n_samples a batch of them [n_batch, n_seq]")
-    from prefill import prefill  # late: it imports this file
-
     cache = new_cache(params, n_head, min(n_ctx, context.shape[-1] + n_tokens_to_generate), *context.shape[:-1])
     rng, new, ended = np.random.default_rng(seed), context, False
     for _ in range(n_tokens_to_generate):
         if cache["n_past"] + new.shape[-1] > n_ctx:
-            cache["n_past"] = 0  # as good as empty: what it holds from there on is never read, only written over
+            cache["n_past"] = 0  # forget everything
             new = context = context[..., max(n_ctx // 2, 1) :]
         x = prefill(new, params, n_head, cache)  # [..., n_embd]
         logits = to_logits(x, **params)[..., :n_vocab]  # -> [..., n_vocab]
@@ -299,19 +310,12 @@ def main(
     check_count("n_samples", n_samples, least=1)
     if stop == "":
         raise ValueError("stop must not be empty")
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize must be int8, not {quantize!r}")
-    from cli import print_samples, prompt_ids  # late, these: who imports the model needs none of them
-    from utils import find_model, load_encoder_hparams_and_params
-
-    if quantize:
-        from quantize import map_quantized
+    from show.terminal import print_samples, prompt_ids  # imported late: only the command line needs these
+    from utils import load_encoder_hparams_and_params
 
     if offline:
         os.environ["GPT2_OFFLINE"] = "1"
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    if quantize:
-        params = map_quantized(find_model(model_size, models_dir), params)
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir, quantize)
     inputs = prompt_ids(prompt, encoder)
     eot_id = None if ignore_eot else encoder.eot_id
     options = (temperature, top_k, top_p, seed, eot_id, len(encoder.encoder), n_samples)
@@ -320,6 +324,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from cli import run
+    from show.cli import run
 
     run(main)

@@ -1,7 +1,6 @@
 """From logits to the next token: greedy, temperature, top-k, top-p. Pure functions over the last axis, [..., n_vocab].
 
-A token that is ruled out has the logit -inf, so that one filter can follow another; a largest logit that is itself
-infinite or NaN is for `sample` to deal with.
+A token that is ruled out has the logit -inf, so that one filter can follow another.
 """
 
 import math
@@ -16,10 +15,7 @@ def greedy(logits: np.ndarray) -> np.ndarray:
 
 
 def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Sharpen (temperature < 1) or flatten (> 1) the distribution: [..., n_vocab] -> [..., n_vocab], the largest now 0.
-
-    Temperature 0 is the limit: all but the first of the largest are ruled out.
-    """
+    """Sharpen (temperature < 1) or flatten (> 1) logits, the largest now 0; at the limit 0 only one of them is left."""
     if temperature == 0:
         best = np.arange(logits.shape[-1]) == greedy(logits)[..., None]
         return np.where(best, logits.dtype.type(0), -np.inf)
@@ -67,13 +63,9 @@ def to_probabilities(logits: np.ndarray) -> np.ndarray:
 def sample(
     logits: np.ndarray, rng: np.random.Generator, temperature: float = 0, top_k: int = 0, top_p: float = 1
 ) -> np.ndarray:
-    """Choose the next token: [..., n_vocab] -> ids [...]. Raises ValueError for logits that are NaN.
-
-    Greedy at temperature 0, else one draw from `rng` a row, by inversion of the cumulative distribution.
-    """
+    """Choose the next token, by one draw from `rng` a row: [..., n_vocab] -> ids [...]. ValueError if some are NaN."""
     largest = logits.max(axis=-1, keepdims=True)
-    if np.isnan(largest).any():
-        raise ValueError("the model's logits are not numbers (NaN): its weights are damaged, or not a GPT-2's")
+    check_finite(largest[~np.isinf(largest)])
     if temperature == 0:
         return greedy(logits)
     # In float64, with +inf as the largest float32 and rows of -inf as zeros, no difference of two logits is NaN.
@@ -84,10 +76,19 @@ def sample(
     return np.argmax(cumulative > draw, axis=-1)
 
 
-def check_count(name: str, value: int, least: int = 0) -> None:
-    """Raise ValueError if `value` is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
+def check_finite(values: np.ndarray, name: str = "logits") -> np.ndarray:
+    """`values`, if they are finite numbers, else ValueError."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"the model's {name} are not finite numbers (NaN): its weights are damaged, or not a GPT-2's")
+    return values
+
+
+def check_count(name: str, value: int, least: int = 0, most: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number from `least` to `most`, if there is one."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        wanted = f", {least} or more" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number{wanted}, not {value!r}")
 
 
 def check_options(temperature: float, top_k: int, top_p: float, seed: int | None) -> None:

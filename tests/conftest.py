@@ -1,20 +1,14 @@
+"""The fixtures that several files share: a tiny model, the bundled one, a released one on a mirror."""
+
 import pytest
 from hypothesis import settings
 
-from checkpoint import checkpoint_name
-from encoder import Encoder
-from faulty_server import faulty_server
-from helpers import (
-    BUNDLED,
-    DATA_PLACES,
-    TINY,
-    has_permissions,
-    random_params,
-    tiny_tables,
-    write_checkpoint,
-    write_model,
-)
-from utils import flatten, load_encoder_hparams_and_params, read_encoder
+from encoder import read_encoder
+from helpers.faulty_server import faulty_server
+from helpers.models import BUNDLED, TINY, data_file, random_params, write_checkpoint, write_model
+from helpers.processes import has_permissions
+from store.params import checkpoint_name, flatten
+from utils import load_encoder_hparams_and_params
 
 settings.register_profile("noisy machines", deadline=None)
 settings.load_profile("noisy machines")
@@ -26,14 +20,14 @@ def tiny_params():
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder():
-    return Encoder(*tiny_tables())
-
-
-@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tiny_params):
     """The path of a complete model directory; for reading only."""
     return write_model(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_params)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_model):
+    return read_encoder(tiny_model)
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +54,7 @@ def shakespeare():
 @pytest.fixture(scope="session")
 def gpt2_encoder():
     """The released tokenizer, where its two files are at hand."""
-    for place in DATA_PLACES:
-        if (place / "encoder.json").is_file() and (place / "vocab.bpe").is_file():
-            return read_encoder(place)
-    pytest.skip("GPT-2's encoder.json and vocab.bpe are not here")
+    return read_encoder(data_file("gpt2/encoder.json").parent)
 
 
 @pytest.fixture

@@ -7,20 +7,21 @@ import pytest
 
 import backprop
 import gpt2
-from helpers import TINY, random_params
-from make_golden import GRADIENT_HPARAMS, golden, gradient_inputs, reference_gradient
-from train import view_as
-from utils import flatten, map_leaves, param_shapes, tensor_name
+from helpers.golden import GRADIENT_HPARAMS, golden, gradient_inputs, reference_gradient
+from helpers.models import TINY, random_params
+from store.params import flatten, map_leaves, param_shapes, tensor_name, view_as
 
 TIGHT = {"n_vocab": 11, "n_ctx": 5, "n_embd": 6, "n_head": 2, "n_layer": 2}
-
-
-def no_drop(x):
-    return x, lambda d_y: d_y
+BLOCK = random_params(TIGHT, dtype=np.float64)["blocks"][0]
 
 
 def draw(*shape, seed=0):
     return np.random.RandomState(seed).standard_normal(shape)
+
+
+def drop(x, rate=0.3):
+    """Dropout that drops the same numbers each time."""
+    return backprop.dropout(x, rate, np.random.default_rng(0))
 
 
 def zeros_like(tree):
@@ -62,83 +63,31 @@ def without_params(operation):
     return forward
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-def test_gelu(batch):
-    check_gradients(without_params(backprop.gelu), 2 * draw(*batch, 4, 5), {})
+IDS = np.array([[3, 1, 3, 0], [3, 2, 2, 1]])
+OPERATIONS = {  # functions of x [..., 4, 6] and params
+    "gelu": (without_params(backprop.gelu), {}),
+    "layer_norm": (lambda x, p: backprop.layer_norm(x, **p), {"g": draw(6, seed=2), "b": draw(6, seed=3)}),
+    "linear": (lambda x, p: backprop.linear(x, **p), {"w": draw(6, 7, seed=2), "b": draw(7, seed=3)}),
+    "dropout": (without_params(drop), {}),
+    "mha": (lambda x, p: backprop.mha(x, **p, n_head=2, drop=drop), BLOCK["attn"]),
+    "ffn": (lambda x, p: backprop.ffn(x, **p), BLOCK["mlp"]),
+    "transformer_block": (lambda x, p: backprop.transformer_block(x, **p, n_head=2, drop=drop), BLOCK),
+    "embedding": (lambda x, p: backprop.embedding(IDS, **p), {"wte": draw(5, 6, seed=2), "wpe": draw(7, 6, seed=3)}),
+    "tied_output": (lambda x, p: backprop.tied_output(x, **p), {"wte": draw(7, 6, seed=2)}),
+    "cross_entropy": (without_params(lambda x: backprop.cross_entropy(x, np.indices(x.shape[:-1])[-1])), {}),
+}
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-def test_layer_norm(batch):
-    params = {"g": draw(5, seed=2), "b": draw(5, seed=3)}
-    check_gradients(lambda x, p: backprop.layer_norm(x, **p), 3 * draw(*batch, 4, 5) + 1, params)
-
-
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-def test_linear(batch):
-    params = {"w": draw(5, 7, seed=2), "b": draw(7, seed=3)}
-    check_gradients(lambda x, p: backprop.linear(x, **p), draw(*batch, 4, 5), params)
-
-
-def test_dropout():
-    def drop(x):
-        return backprop.dropout(x, 0.4, np.random.default_rng(0))
-
-    check_gradients(without_params(drop), draw(6, 7), {})
-
-
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("rate", [0, 0.3])
-def test_attention(batch, rate):
-    def forward(qkv, params):
-        drop = partial(backprop.dropout, rate=rate, rng=np.random.default_rng(0))
-        heads, backward = backprop.attention(*qkv, drop)
-        return heads, lambda d_y, grads: np.stack(backward(d_y))
-
-    check_gradients(forward, draw(3, *batch, 2, 5, 3), {})
-
-
-@pytest.mark.parametrize("part", ["attn", "mlp", "block"])
-@pytest.mark.parametrize("batch", [(), (2,)])
-def test_parts_of_a_block(part, batch):
-    block = random_params(TIGHT, dtype=np.float64)["blocks"][0]
-
-    def forward(x, params):
-        drop = partial(backprop.dropout, rate=0.3, rng=np.random.default_rng(0))
-        if part == "attn":
-            return backprop.mha(x, **params, n_head=2, drop=drop)
-        if part == "mlp":
-            return backprop.ffn(x, **params)
-        return backprop.transformer_block(x, **params, n_head=2, drop=drop)
-
-    check_gradients(forward, draw(*batch, 4, 6), block if part == "block" else block[part])
-
-
-@pytest.mark.parametrize("ids", [[3, 1, 3, 0], [[3, 1, 3], [3, 2, 2]]])
-def test_embedding(ids):
-    params = {"wte": draw(5, 6, seed=2), "wpe": draw(7, 6, seed=3)}
-    check_gradients(lambda x, p: backprop.embedding(np.array(ids), **p), None, params)
-
-
-@pytest.mark.parametrize("batch", [(), (2,)])
-def test_tied_output(batch):
-    params = {"wte": draw(7, 5, seed=2)}
-    check_gradients(lambda x, p: backprop.tied_output(x, **p), draw(*batch, 4, 5), params)
-
-
-@pytest.mark.parametrize("targets", [[3, 1, 0], [[3, 1, 0], [2, 2, 4]]])
-def test_cross_entropy(targets):
-    logits = 3 * draw(*np.shape(targets), 5)
-    check_gradients(without_params(lambda x: backprop.cross_entropy(x, np.array(targets))), logits, {})
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_backward_of_an_operation_is_its_derivative(name, batch):
+    forward, params = OPERATIONS[name]
+    check_gradients(forward, 2 * draw(*batch, 4, 6) + 0.5, params)
 
 
 def test_whole_model_with_dropout():
     params, window = random_params(TIGHT, dtype=np.float64), np.array([[3, 1, 3, 0, 10], [2, 2, 7, 9, 1]])
-
-    def forward(x, params):
-        loss, backward = backprop.gpt2_loss(window, params, 2, 0.2, np.random.default_rng(0))
-        return loss, backward
-
-    check_gradients(forward, None, params)
+    check_gradients(lambda x, p: backprop.gpt2_loss(window, p, 2, 0.2, np.random.default_rng(0)), None, params)
 
 
 def test_cross_entropy_is_the_mean_of_the_negative_log_probabilities():
@@ -153,51 +102,32 @@ def test_cross_entropy_is_the_mean_of_the_negative_log_probabilities():
 @pytest.mark.parametrize("shape", [(17,), (3, 32)])
 def test_logits_are_those_of_gpt2(tiny_params, shape):
     ids = np.random.RandomState(0).randint(0, 300, shape)
-    logits, _ = backprop.gpt2_logits(ids, **tiny_params, n_head=4, drop=no_drop)
+    logits, _ = backprop.gpt2_logits(ids, **tiny_params, n_head=4, drop=partial(drop, rate=0))
     expected = gpt2.gpt2(ids, **tiny_params, n_head=4)
     assert logits.dtype == np.float32
     assert np.abs(logits - expected).max() < 1e-5 * np.ptp(expected)
 
 
-def test_training_stays_float32(tiny_params):
-    shapes = param_shapes({"n_vocab": 300, "n_ctx": 32, "n_embd": 48, "n_head": 4, "n_layer": 2})
+def test_training_stays_float32(tiny_params, monkeypatch):
     dtypes = set()
+
+    def note(result):
+        dtypes.update(array.dtype for array in (result if isinstance(result, tuple) else [result]) if np.ndim(array))
+        return result
 
     def spy(operation):
         def spied(*args, **kwargs):
             y, backward = operation(*args, **kwargs)
-            dtypes.add(np.asarray(y).dtype if isinstance(y, np.ndarray) else np.dtype(np.float32))
-
-            def spied_backward(*gradients):
-                d_x = backward(*gradients)
-                dtypes.update(d.dtype for d in (d_x if isinstance(d_x, tuple) else [d_x]) if d is not None)
-                return d_x
-
-            return y, spied_backward
+            return note(y), lambda *gradients: note(backward(*gradients))
 
         return spied
 
-    names = ("gelu", "layer_norm", "linear", "dropout", "attention", "mha", "ffn", "transformer_block", "embedding",
-             "tied_output", "cross_entropy")  # fmt: skip
-    vector = np.zeros(sum(array.size for array in flatten(tiny_params, str).values()), np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(backprop, name, spy(getattr(backprop, name)))
-        window = np.random.RandomState(0).randint(0, 300, (2, 20))
-        _, backward = backprop.gpt2_loss(window, tiny_params, 4, 0.1, np.random.default_rng(0))
-        backward(0.5, view_as(shapes, vector))
-    assert dtypes == {np.dtype(np.float32)}
-
-
-def test_backward_adds_to_the_gradients_and_scales_them(tiny_params):
+    for name in [*OPERATIONS, "attention"]:
+        monkeypatch.setattr(backprop, name, spy(getattr(backprop, name)))
     window = np.random.RandomState(0).randint(0, 300, (2, 20))
-    grads, twice = zeros_like(tiny_params), zeros_like(tiny_params)
-    _, backward = backprop.gpt2_loss(window, tiny_params, 4)
-    backward(1.0, grads)
-    backward(0.5, twice)
-    backward(1.5, twice)
-    for name, grad in flatten(twice, tensor_name).items():
-        np.testing.assert_allclose(grad, 2 * flatten(grads, tensor_name)[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    _, backward = backprop.gpt2_loss(window, tiny_params, 4, 0.1, np.random.default_rng(0))
+    backward(0.5, zeros_like(tiny_params))
+    assert dtypes == {np.dtype(np.float32)}
 
 
 def test_dropout_drops_the_share_and_keeps_the_mean():
@@ -220,40 +150,23 @@ def test_dropout_is_of_embeddings_attention_weights_and_what_is_added_to_the_res
     assert shapes == [(20, 48)] + TINY["n_layer"] * [(4, 20, 20), (20, 48), (20, 48)]
 
 
-def test_dropout_of_zero_changes_nothing_and_draws_nothing():
-    x = draw(3, 4)
-    assert backprop.dropout(x, 0, None)[0] is x
-
-
-def gradient(params, window):
+def assert_gradient(params, window, n_head, expected_loss, expected):
     grads = zeros_like(params)
-    loss, backward = backprop.gpt2_loss(window, params, GRADIENT_HPARAMS["n_head"])
+    loss, backward = backprop.gpt2_loss(window, params, n_head)
     backward(1.0, grads)
-    return loss, grads
-
-
-def relative_error(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, grad in flatten(grads, tensor_name).items():
+        assert np.linalg.norm(grad - expected[name]) < 1e-4 * np.linalg.norm(expected[name]), name
 
 
 def test_gradient_is_that_of_pytorch_as_recorded():
-    loss, grads = gradient(*gradient_inputs())
-    assert loss == pytest.approx(float(golden()["gradient-loss"]), rel=1e-5)
-    expected = view_as(param_shapes(GRADIENT_HPARAMS), golden()["gradient"])
-    for name, grad in flatten(grads, tensor_name).items():
-        assert relative_error(grad, flatten(expected, tensor_name)[name]) < 1e-4, name
+    expected = flatten(view_as(param_shapes(GRADIENT_HPARAMS), golden()["gradient"]), tensor_name)
+    assert_gradient(*gradient_inputs(), GRADIENT_HPARAMS["n_head"], float(golden()["gradient-loss"]), expected)
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_is_that_of_pytorch(seed):
     hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 3}
-    params = random_params(hparams, seed)
-    window = np.random.RandomState(seed).randint(0, 300, (3, 50))
-    loss, expected = reference_gradient(hparams, params, window)
-    grads = zeros_like(params)
-    found_loss, backward = backprop.gpt2_loss(window, params, 4)
-    backward(1.0, grads)
-    assert found_loss == pytest.approx(loss, rel=1e-5)
-    for name, grad in flatten(grads, tensor_name).items():
-        assert relative_error(grad, expected[name]) < 1e-4, name
+    params, window = random_params(hparams, seed), np.random.RandomState(seed).randint(0, 300, (3, 50))
+    assert_gradient(params, window, hparams["n_head"], *reference_gradient(hparams, params, window))

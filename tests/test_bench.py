@@ -1,5 +1,8 @@
+"""What bench.py measures, beside which limits, and what it prints of that."""
+
 import json
 import math
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -7,10 +10,10 @@ import numpy as np
 import pytest
 
 import bench
-from gpt2 import generate
-from helpers import BUNDLED, TINY, run, write_model, write_tables
-from huggingface import export
-from utils import load_encoder_hparams_and_params, param_shapes
+from dev.peers import PEERS, Model
+from export import main as export
+from helpers.models import BUNDLED, TINY, write_model, write_tables
+from helpers.processes import error_line, run
 
 ROWS = [
     "prompt of 16", "prompt of 128", "decode after 10",
@@ -30,71 +33,51 @@ def quick(monkeypatch):
     bench.large_matrix.cache_clear()
 
 
-@pytest.fixture
-def report(quick, capsys):
-    """What the bundled model's measures are as JSON."""
+def test_every_measure_has_a_row_with_figure_limit_and_ratio_and_a_line_in_the_table(quick, capsys):
     bench.main(model_size=str(BUNDLED), against="tiktoken", rounds=1, json=True)
-    return json.loads(capsys.readouterr().out)
-
-
-@pytest.fixture
-def model(tiny_model):
-    encoder, hparams, params = load_encoder_hparams_and_params(str(tiny_model))
-    return SimpleNamespace(directory=tiny_model, encoder=encoder, hparams=hparams, params=params)
-
-
-def test_every_measure_has_a_row_with_figure_limit_and_ratio(report):
-    assert [row["name"] for row in report["rows"]] == ROWS
-    for row in report["rows"]:
+    report = json.loads(capsys.readouterr().out)
+    rows, machine = report["rows"], report["machine"]
+    assert [row["name"] for row in rows] == ROWS
+    for row in rows:
         sign = -1 if row["unit"] in ("s", "MB") else 1
         assert row["share_of_limit"] == pytest.approx((row["here"] / row["limit"]) ** sign)
         assert {"limit", "here"} <= row["figures"].keys()
         assert all(len(figures) == 1 and figures[0] > 0 for figures in row["figures"].values())
-    peers = report["rows"][-1]["peers"]
-    assert peers["tiktoken"]["ratio"] == pytest.approx(report["rows"][-1]["here"] / peers["tiktoken"]["median"])
-    assert report["machine"]["n_threads"] >= 1
-    assert "tiktoken" in report["machine"]["versions"]
+    tiktoken = rows[-1]["peers"]["tiktoken"]
+    assert tiktoken["ratio"] == pytest.approx(rows[-1]["here"] / tiktoken["median"])
+    assert machine["n_threads"] >= 1
+    assert "tiktoken" in machine["versions"]
 
-
-def test_the_table_has_every_row_in_120_columns(report):
-    report["peers"] = list(bench.PEERS)
-    report["rows"][0]["unsteady"] = ["here"]
-    report["rows"][0]["peers"] = {peer: {"median": 123456.7, "ratio": 12.34} for peer in bench.PEERS}
+    rows[0]["unsteady"], report["peers"] = ["here"], list(PEERS)
+    rows[0]["peers"] = {peer: {"median": 123456.7, "ratio": 12.34} for peer in PEERS}
     table = bench.format_table(report)
     for name in ROWS:
         assert sum(line.startswith(f"{name}  ") for line in table.splitlines()) == 1
     figures = [line for line in table.splitlines() if "tokens/s" in line or "MB" in line or "ratio" in line]
     assert max(map(len, figures)) <= 120
     assert figures[1].endswith(" ~")
-    for text in (report["machine"]["processor"], "threads", "GFLOP/s", "GB/s", "123,457", "12.34"):
+    for text in (machine["processor"], "threads", "GFLOP/s", "GB/s", "123,457", "12.34"):
         assert text in table
 
 
 def test_standard_output_is_json_and_nothing_else(tmp_path):
     (tmp_path / "text").write_text("To be, or not to be", encoding="utf-8")
-    options = ("--only", "tokenizer", "--rounds", "1", "--text", str(tmp_path / "text"), "--json")
-    child = run("bench.py", "--model_size", str(BUNDLED), *options)
+    options = ("--only=tokenizer", "--rounds=1", f"--text={tmp_path / 'text'}", "--json")
+    child = run("bench.py", f"--model_size={BUNDLED}", *options)
     assert child.returncode == 0, child.stderr
-    [row] = json.loads(child.stdout)["rows"]
-    assert row["unit"] == "MB/s"
+    assert [row["unit"] for row in json.loads(child.stdout)["rows"]] == ["MB/s"]
 
 
 @pytest.mark.parametrize(
-    "options, problem",
+    ("option", "problem"),
     [
-        (["--against", "pytorch"], "not 'pytorch'"),
-        (["--only", "decode,everything"], "not 'everything'"),
-        (["--rounds", "0"], "rounds must be a whole number, 1 or more, not 0"),
-        (["--rounds", "many"], "rounds must be a whole number"),
-        (["--model_size", "not there"], "there is no model 'not there'"),
-        (["--text", "not there"], "not there"),
+        ("--against=pytorch", "not 'pytorch'"), ("--only=decode,everything", "not 'everything'"),
+        ("--rounds=0", "rounds must be a whole number, 1 or more, not 0"), ("--text=not there", "not there"),
+        ("--rounds=many", "rounds must be a whole number"), ("--model_size=not there", "no model 'not there'"),
     ],
-)
-def test_a_bad_option_is_one_line(options, problem):
-    child = run("bench.py", "--model_size", str(BUNDLED), *options)
-    [line] = child.stderr.decode().splitlines()
-    assert child.returncode == 1
-    assert problem in line
+)  # fmt: skip
+def test_a_bad_option_is_one_line(option, problem):
+    assert problem in error_line(run("bench.py", f"--model_size={BUNDLED}", option))
 
 
 def test_a_peer_that_is_not_installed_says_what_to_install(monkeypatch):
@@ -110,7 +93,7 @@ def test_a_round_takes_every_measure_once_and_the_first_does_not_count(quick):
     def measure(name, **values):
         left = {party: iter(figures) for party, figures in values.items()}
         parties = {party: lambda party=party: taken.append(name + party) or next(left[party]) for party in values}
-        return "decode", name, "tokens/s", {}, parties
+        return bench.Measure("decode", name, "tokens/s", parties)
 
     steady = measure("a ", limit=[1, 20, 20, 20], here=[1000, 8, 6, 7], peer=[1000, 3, 3.5, 4])
     disturbed = measure("b ", limit=[1, 20, 20, 20], here=[1, 6, 1, 6])
@@ -133,21 +116,23 @@ def test_a_limit_is_the_time_of_what_takes_longer(monkeypatch):
     assert bench.token_limit({"bytes": 50, "operations": 12}) == 20
 
 
-def test_what_a_token_costs_is_that_of_the_released_model():
-    """124M: 85 M weights in the blocks' matrices, 38.6 M in the vocabulary's, 498 MB in all."""
+def test_what_a_token_costs_is_that_of_the_released_model(monkeypatch):
+    """124M: 85 M weights in the blocks' matrices, 38.6 M in the vocabulary's, 498 MB in all; int8 where Numba is."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "engine.int8", SimpleNamespace(quantize=None))
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
-    params = bench.view_as(param_shapes(hparams), np.broadcast_to(np.float32(0), 124_439_808))
-    rows = bench.engine_measures(SimpleNamespace(hparams=hparams, params=params), [], None)
-    costs = {name: cost for _, name, _, cost, _ in rows}
+    measures = bench.engine_measures(Model(None, "", "", None, hparams, None), [], None)
+    costs, n_matrices = {measure.name: measure.cost for measure in measures}, 84_934_656 + 38_597_376
     assert costs["prompt of 1,000"] == {"operations": 2 * 84_934_656}
     assert costs["decode after 1,000"] == {"bytes": 497_759_232}
-    assert costs["decode, batch of 64"] == {"bytes": 497_759_232 / 64, "operations": 2 * (84_934_656 + 38_597_376)}
+    assert costs["decode after 10, int8"] == {"bytes": 497_759_232 - 4 * n_matrices + n_matrices}
+    assert costs["decode, batch of 64"] == {"bytes": 497_759_232 / 64, "operations": 2 * n_matrices}
 
 
 def test_a_released_model_that_is_not_there_is_not_downloaded_but_made(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"124M": (8, 2, 1)})
-    monkeypatch.setattr("checkpoint.fetch", lambda *args, **options: pytest.fail("it downloads"))
-    monkeypatch.setattr("utils.CODE", tmp_path)
+    monkeypatch.setattr("store.checkpoint.fetch_file", lambda *args, **options: pytest.fail("it downloads"))
+    monkeypatch.setattr("store.models.PROJECT", tmp_path)
     (tmp_path / "models" / "124M").mkdir(parents=True)
     write_tables(tmp_path / "models" / "124M")
     model = bench.open_model("124M", "models", tmp_path / "temporary")
@@ -180,48 +165,12 @@ def test_a_process_that_fails_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_an_int8_model_is_measured_where_numba_is(quick, monkeypatch, model):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setitem(__import__("sys").modules, "quantize", SimpleNamespace(quantize=lambda params: params))
-    names = {name: cost for _, name, _, cost, _ in bench.engine_measures(model, [], None)}
-    n_bytes = names["decode after 10"]["bytes"]
-    n_matrices = 2 * 12 * 48 * 48 + 300 * 48
-    assert names["decode after 10, int8"] == {"bytes": n_bytes - 4 * n_matrices + n_matrices}
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("exported", [False, True])
-@pytest.mark.parametrize("kind", ["transformers", "f32", "q8_0"])
-def test_peers_compute_the_same_model(kind, shakespeare, tmp_path, exported):
-    for module in ("transformers",) if kind == "transformers" else ("llama_cpp", "gguf"):
-        pytest.importorskip(module)
-    if exported:
-        directory = tmp_path / "exported"
-        export(str(BUNDLED), str(directory))
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
-        encoder, hparams, params = load_encoder_hparams_and_params(str(directory))
-    else:
-        directory, (encoder, hparams, params) = BUNDLED, shakespeare
-    model = SimpleNamespace(directory=directory, encoder=encoder, hparams=hparams, params=params, remarks=[])
-    engine = (
-        bench.transformers_engine(model) if kind == "transformers" else bench.llama_cpp_engine(model, tmp_path, kind)
-    )
-    ids = np.array(encoder.encode("ROMEO:"))
-    n_tokens = 1 if kind == "q8_0" else 8  # int8 weights soon prefer another token
-    expected = generate(ids, params, hparams["n_head"], n_tokens)
-    assert list(engine(ids, n_tokens)) == list(engine(ids, n_tokens)) == expected
-    if kind == "transformers":
-        batch = np.stack([ids, ids[::-1]])
-        assert np.transpose(list(engine(batch, 8))).tolist() == generate(batch, params, hparams["n_head"], 8)
-
-
 def test_a_model_of_hugging_face_is_measured_by_its_name(tiny_model, tmp_path, monkeypatch):
     directory, fetched = tmp_path / "snapshot", []
     export(str(tiny_model), str(directory))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface.fetch_model", lambda name: directory)
-    monkeypatch.setattr("huggingface.fetch_weights", lambda *arguments: fetched.append(arguments))
+    monkeypatch.setattr("store.hub.fetch_model", lambda name: directory)
+    monkeypatch.setattr("store.hub.fetch_weights", lambda *arguments: fetched.append(arguments))
     model = bench.open_model("owner/model", "models", tmp_path)
     assert fetched == [("owner/model", directory)]
     assert model.directory == directory.resolve()

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from checkpoint import CHECKPOINT_FILES
-from encoder import Encoder
 from gpt2 import generate
-from helpers import ROOT, TINY, random_params, run, tiny_tables, write_model
-from utils import WEIGHTS
+from helpers.models import ROOT, TINY, random_params, write_model
+from helpers.processes import run, run_code, start
+from store.checkpoint import CHECKPOINT_FILES
+from store.tensors import WEIGHTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals and tmpfs are POSIX")]
 
@@ -25,22 +26,10 @@ ARGUMENTS = ("Hello", "--n_tokens_to_generate=24", "--ignore_eot")
 
 
 @pytest.fixture
-def expected(tiny_params):
+def expected(tiny_params, tiny_encoder):
     """What the command prints."""
-    encoder = Encoder(*tiny_tables())
-    ids = generate(encoder.encode("Hello"), tiny_params, TINY["n_head"], 24, n_vocab=len(encoder.encoder))
-    return encoder.decode(ids) + "\n"
-
-
-def start(directory):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "gpt2.py"), *ARGUMENTS],
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # so that Ctrl-C reaches the conversion too, as it does at a terminal
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    ids = generate(tiny_encoder.encode("Hello"), tiny_params, TINY["n_head"], 24, n_vocab=TINY["n_vocab"])
+    return tiny_encoder.decode(ids) + "\n"
 
 
 def names(directory):
@@ -55,7 +44,9 @@ def test_whenever_it_is_stopped_the_same_command_goes_on(mirror, tmp_path, expec
     rng, directory, n_stopped, n_complete, longest = random.Random(0), tmp_path / "0", 0, 0, 6.0
     directory.mkdir()
     while n_stopped < 50:
-        process, began = start(directory), time.monotonic()
+        # In a session of its own, so that Ctrl-C reaches the conversion too, as it does at a terminal.
+        process = start("gpt2.py", *ARGUMENTS, cwd=directory, start_new_session=True)
+        began = time.monotonic()
         moment = rng.uniform(0, longest) * rng.random()  # earlier ones more often
         try:
             process.wait(moment)
@@ -131,8 +122,7 @@ def test_ten_thousand_generations_take_no_more_memory_than_one_thousand(tiny_mod
             if n in (1_000, 10_000):
                 print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_model)], cwd=ROOT, capture_output=True, check=True)
-    early, late = map(int, done.stdout.split())
+    early, late = map(int, run_code(code, str(tiny_model)).split())
     assert late - early < 3e6, "the memory of words alone may grow by some of that"
 
 
@@ -155,17 +145,14 @@ def test_thirty_processes_share_the_pages_of_one_model(tmp_path):
     processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for _ in range(30)]
     try:
         assert all(process.stdout.readline() == b"ready\n" for process in processes)
-        resident = proportional = private_dirty = 0
+        kilobytes = Counter()
         for process in processes:
             for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{process.pid}/smaps").read_text()):
                 if mapping.split("\n")[0].endswith(str(model / WEIGHTS)):
-                    sizes = {name: int(n) for name, n in re.findall(r"(\w+): +(\d+) kB", mapping)}
-                    resident += 1024 * sizes["Rss"]
-                    proportional += 1024 * sizes["Pss"]
-                    private_dirty += sizes["Private_Dirty"]
+                    kilobytes.update({name: int(n) for name, n in re.findall(r"(\w+): +(\d+) kB", mapping)})
     finally:
         for process in processes:
             process.communicate()
-    assert resident > 25 * n_bytes, "each has read all of it"
-    assert proportional < 1.1 * n_bytes, "and together they have it once"
-    assert private_dirty == 0
+    assert 1024 * kilobytes["Rss"] > 25 * n_bytes, "each has read all of it"
+    assert 1024 * kilobytes["Pss"] < 1.1 * n_bytes, "and together they have it once"
+    assert kilobytes["Private_Dirty"] == 0

@@ -1,18 +1,18 @@
-"""Make tests/golden.npz: what transformers' GPT2LMHeadModel computes, for where PyTorch is not installed.
-
-    python tests/make_golden.py        # needs requirements-reference.txt
+"""What transformers' GPT2LMHeadModel computes: live, and as recorded in tests/golden.npz by dev/make_golden.py.
 
 The weights and inputs are drawn again from their seeds, by a generator whose numbers NumPy has promised not to change.
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-PATH = Path(__file__).with_name("golden.npz")
+from helpers.models import random_params
+from store.params import flatten, tensor_name
+
+PATH = Path(__file__).parents[1] / "golden.npz"
 
 
 class Case(NamedTuple):
@@ -67,8 +67,6 @@ def reference_model(hparams: dict, params: dict):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from utils import flatten, tensor_name
-
     sizes = {name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"], **sizes)).eval()
     tensors = {name: torch.from_numpy(array.copy()) for name, array in flatten(params, tensor_name).items()}
@@ -103,8 +101,6 @@ def reference_trace(case: Case, params: dict) -> dict[str, np.ndarray]:
 
 def gradient_inputs() -> tuple[dict, np.ndarray]:
     """The weights and the window [n_batch, n_seq + 1] of the recorded gradient."""
-    from helpers import random_params
-
     window = np.random.RandomState(0).randint(0, GRADIENT_HPARAMS["n_vocab"], (3, 10))
     return random_params(GRADIENT_HPARAMS), window
 
@@ -118,27 +114,3 @@ def reference_gradient(hparams: dict, params: dict, window: np.ndarray) -> tuple
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(window[:, 1:]).flatten())
     loss.backward()
     return loss.item(), {name: tensor.grad.numpy() for name, tensor in model.transformer.named_parameters()}
-
-
-def main() -> None:
-    import torch
-
-    from helpers import random_params
-    from utils import flatten, tensor_name
-
-    logits = {}
-    for case in CASES:
-        model = reference_model(case.hparams, random_params(case.hparams, case.seed))
-        with torch.no_grad():
-            logits[str(case)] = model(torch.tensor(inputs_of(case))[None]).logits[0].numpy()[case.positions]
-    trace = reference_trace(TRACED, random_params(TRACED.hparams, TRACED.seed))
-    loss, grads = reference_gradient(GRADIENT_HPARAMS, *gradient_inputs())
-    names = flatten(gradient_inputs()[0], tensor_name)  # in the order of the parameters
-    gradient = np.concatenate([grads[name].ravel() for name in names])
-    traced = {f"trace-{name}": array for name, array in trace.items()}
-    np.savez_compressed(PATH, **logits, **traced, **{"gradient": gradient, "gradient-loss": loss})
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(PATH.parent.parent))
-    main()

@@ -1,6 +1,6 @@
 """Training speed beside PyTorch's: the same model of torch.nn modules, batch, precision and threads, in turn.
 
-    python tests/bench_train.py        # needs requirements-reference.txt
+    python dev/bench_train.py        # needs requirements-reference.txt
 
 The shape is that of models/shakespeare. One PyTorch model computes attention product by product, as gpt2.py does, the
 other with PyTorch's fused function.
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from train import adamw, clip_gradient, compute_gradient, initialize, n_blas_threads, view_as, weight_decay
-from utils import count_bytes, param_shapes
+from engine.threads import core_threads, n_blas_threads
+from optimizer import adamw, clip_gradient, compute_gradient, initialize, weight_decay
+from store.params import count_params, param_shapes, view_as
 
 HPARAMS = {"n_vocab": 1024, "n_ctx": 256, "n_embd": 192, "n_head": 4, "n_layer": 4}
 BATCH_SIZE, DROPOUT, RATE = 16, 0.2, 1e-3
@@ -84,10 +84,10 @@ def torch_trainer(fused: bool):
     return step
 
 
-def numpy_trainer(pool: ThreadPoolExecutor, n_threads: int):
+def numpy_trainer(n_threads: int, pool: ThreadPoolExecutor):
     """A function that trains the project's model by one batch."""
     shapes = param_shapes(HPARAMS)
-    weights, m, v, *buffers = np.zeros((3 + n_threads, count_bytes(shapes) // 4), np.float32)
+    weights, m, v, *buffers = np.zeros((3 + n_threads, count_params(shapes)), np.float32)
     params, decay = view_as(shapes, weights), weight_decay(shapes)
     initialize(params, np.random.default_rng(0))
     shares = [(buffer, view_as(shapes, buffer)) for buffer in buffers]
@@ -106,9 +106,9 @@ def main() -> None:
     n_tokens = STEPS * BATCH_SIZE * HPARAMS["n_ctx"]
     windows = np.random.default_rng(0).integers(0, HPARAMS["n_vocab"], (STEPS, BATCH_SIZE, HPARAMS["n_ctx"] + 1))
     speeds = {}
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(n_threads) as pool:
+    with core_threads() as pool:
         trainers = {
-            "this project": numpy_trainer(pool, n_threads),
+            "this project": numpy_trainer(n_threads, pool),
             "PyTorch, eager": torch_trainer(fused=False),
             "PyTorch, eager, fused attention": torch_trainer(fused=True),
         }

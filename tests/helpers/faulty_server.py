@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from helpers import serving
+from helpers.processes import serving
 
 
 @dataclass

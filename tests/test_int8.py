@@ -2,19 +2,22 @@
 
 import contextlib
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from gpt2 import generate, gpt2, new_cache
-from helpers import BUNDLED, TINY, as_any_user, random_params, run, write_model
+from helpers.models import BUNDLED, TINY, random_params, write_model
+from helpers.processes import as_any_user, error_line, run
+from store.tensors import WEIGHTS
 from test_shakespeare import HELD_OUT_LOSS, PARAGRAPH, PARAGRAPH_LOSS, nats_per_character, shakespeare_text
 from utils import load_encoder_hparams_and_params
 
 pytest.importorskip("numba", reason="Numba is not installed: pip install -r requirements-fast.txt")
 
-import quantize as module
-from quantize import INT8_WEIGHTS, MOST_ROWS, Int8, map_quantized, quantize, quantize_rows
+from engine import int8 as module
+from engine.int8 import INT8_WEIGHTS, MOST_ROWS, Int8, map_quantized, quantize, quantize_rows
 
 N_HEAD = TINY["n_head"]
 
@@ -32,8 +35,7 @@ def normal(*shape, seed=0):
 
 def test_a_row_is_the_nearest_multiples_of_a_127th_of_its_largest_number():
     rows = normal(2000, 30)
-    rows[5] = 0
-    rows[6] = 1e-44
+    rows[5], rows[6] = 0, 1e-44
     quantized, scale = quantize_rows(rows)
     assert (quantized.dtype, scale.dtype) == (np.int8, np.float32)
     error = np.abs(quantized * scale[:, None] - rows)
@@ -66,8 +68,7 @@ def test_a_table_answers_rows_and_its_transpose():
     wte = Int8(*quantize_rows(table))
     assert (wte.shape, wte.T.shape, wte.ndim) == ((300, 48), (48, 300), 2)
     ids = np.array([[3, 299], [0, 3]])
-    assert wte[ids].shape == (2, 2, 48)
-    assert wte[ids].dtype == np.float32
+    assert (wte[ids].shape, wte[ids].dtype) == ((2, 2, 48), np.float32)
     np.testing.assert_array_equal(wte[ids], np.asarray(wte)[ids])
     np.testing.assert_array_equal(wte.T[2], np.asarray(wte)[:, 2])
     np.testing.assert_allclose(wte[ids], table[ids], atol=np.abs(table).max() / 127)
@@ -91,37 +92,28 @@ def test_the_model_does_not_know(tiny_params):
     assert generate([1, 2], quantized, N_HEAD, 40, n_samples=2) == [generate([1, 2], quantized, N_HEAD, 40)] * 2
 
 
-def test_it_takes_a_quarter_of_the_bytes(shakespeare):
-    params = shakespeare[2]
-    blocks = quantize(params)["blocks"]
-    for name in ("attn", "mlp"):
-        for part, layer in blocks[0][name].items():
-            assert layer["w"].nbytes < 0.27 * params["blocks"][0][name][part]["w"].nbytes
+def test_each_matrix_takes_a_quarter_of_the_bytes(shakespeare):
+    before, after = (params["blocks"][0] for params in (shakespeare[2], quantize(shakespeare[2])))
+    for name, part in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
+        assert after[name][part]["w"].rows.nbytes < 0.27 * before[name][part]["w"].nbytes
 
 
-def test_the_loss_of_the_bundled_model_changes_by_less_than_half_a_percent(shakespeare):
-    encoder, hparams, params = shakespeare
-    loss = nats_per_character(PARAGRAPH, encoder, hparams, quantize(params))
-    assert loss == pytest.approx(PARAGRAPH_LOSS, rel=0.005)
-
-
-@pytest.mark.slow
-def test_so_does_its_loss_on_the_last_tenth_of_its_text(shakespeare):
-    encoder, hparams, params = shakespeare
+def last_tenth_of_shakespeare():
     text = shakespeare_text()
-    loss = nats_per_character(text[len(text) * 9 // 10 :], encoder, hparams, quantize(params))
-    assert loss == pytest.approx(HELD_OUT_LOSS, rel=0.005)
+    return text[len(text) * 9 // 10 :]
 
 
-# The file
-
-
-def leaves_of(params):
-    return {name: np.asarray(leaf) for name, leaf in module.tensors_of(params).items()}
+@pytest.mark.parametrize(("read", "expected"), [
+    (lambda: PARAGRAPH, PARAGRAPH_LOSS),
+    pytest.param(last_tenth_of_shakespeare, HELD_OUT_LOSS, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_loss_of_the_bundled_model_changes_by_less_than_half_a_percent(shakespeare, read, expected):
+    encoder, hparams, params = shakespeare
+    assert nats_per_character(read(), encoder, hparams, quantize(params)) == pytest.approx(expected, rel=0.005)
 
 
 def assert_same(found, expected):
-    found, expected = leaves_of(found), leaves_of(expected)
+    found, expected = ({n: np.asarray(a) for n, a in module.tensors_of(params).items()} for params in (found, expected))
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
@@ -129,9 +121,8 @@ def assert_same(found, expected):
 def test_the_file_is_made_once_and_then_mapped(tiny, monkeypatch):
     directory, params = tiny
     assert_same(map_quantized(directory, params), quantize(params))
-    monkeypatch.setattr(module, "quantize", None)
+    monkeypatch.setattr(module, "quantize", lambda params: pytest.fail("it does the work once more"))
     mapped = map_quantized(directory, params)
-    monkeypatch.undo()
     assert_same(mapped, quantize(params))
     with pytest.raises(ValueError, match="read-only"):
         mapped["wte"].rows[0] = 0
@@ -140,10 +131,10 @@ def test_the_file_is_made_once_and_then_mapped(tiny, monkeypatch):
 @pytest.mark.parametrize("time_before", [1, 2])
 def test_other_weights_make_it_anew_even_if_their_file_has_the_same_size_and_time(tiny, time_before):
     directory, params = tiny
-    os.utime(directory / "model.safetensors", (1, time_before))
+    os.utime(directory / WEIGHTS, (1, time_before))
     map_quantized(directory, params)
     write_model(directory, params=random_params(TINY, seed=1))
-    os.utime(directory / "model.safetensors", (1, 1))
+    os.utime(directory / WEIGHTS, (1, 1))
     params = load_encoder_hparams_and_params(str(directory))[2]
     assert_same(map_quantized(directory, params), quantize(params))
 
@@ -154,48 +145,45 @@ def test_without_a_directory_to_cache_in_it_is_compiled_all_the_same(monkeypatch
     def without_cache(cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return original(**options)
+        return original(**options | {"parallel": False})  # of which this function would have no use
 
     monkeypatch.setattr(module, "njit", without_cache)
-    assert module.compiled()(lambda x: x + 1)(2) == 3
+    assert module.compiled(lambda x: x + 1)(2) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"{" * 99])
-def test_a_damaged_file_is_made_anew(tiny, damage):
+def with_tensor(name, change):
+    """A function that writes a file of int8 weights anew, with one of its tensors changed."""
+
+    def write(path):
+        tensors, metadata = module.map_tensors(path)
+        module.save_tensors(path, tensors | {name: change(tensors[name])}, metadata)
+
+    return write
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: os.truncate(path, path.stat().st_size - 1),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(b"{" * 99),
+    with_tensor("wte.weight", lambda rows: rows[:-1]),
+    with_tensor("wte.weight.scale", lambda scale: scale[0]),
+    with_tensor("wte.weight.scale", lambda scale: scale[:, None]),
+    with_tensor("ln_f.bias", lambda bias: bias[:0]),
+])  # fmt: skip
+def test_a_file_that_is_damaged_or_does_not_fit_is_made_anew(tiny, damage):
     directory, params = tiny
     map_quantized(directory, params)
-    path = directory / INT8_WEIGHTS
-    path.write_bytes(damage(path.read_bytes()))
+    damage(directory / INT8_WEIGHTS)
     assert_same(map_quantized(directory, params), quantize(params))
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("wte.weight", lambda rows: rows[:-1]),
-        ("wte.weight.scale", lambda scale: scale[0]),
-        ("wte.weight.scale", lambda scale: scale[:, None]),
-        ("ln_f.bias", lambda bias: bias[:0]),
-    ],
-)
-def test_a_file_whose_shapes_do_not_fit_is_made_anew(tiny, name, change):
-    directory, params = tiny
-    map_quantized(directory, params)
-    path = directory / INT8_WEIGHTS
-    tensors, metadata = module.map_tensors(path)
-    module.save_tensors(path, tensors | {name: change(tensors[name])}, metadata)
-    assert_same(map_quantized(directory, params), quantize(params))
-    assert_same(module.from_tensors(params, module.map_tensors(path)[0]), quantize(params))
+    assert_same(module.from_tensors(params, module.map_tensors(directory / INT8_WEIGHTS)[0]), quantize(params))
 
 
 def test_where_it_cannot_be_written_the_weights_stay_in_memory(tiny, monkeypatch, capsys):
-    directory, params = tiny
-
     def fails(path, *args):
         raise OSError(f"{path} could not be written: the disk is full")
 
     monkeypatch.setattr(module, "save_tensors", fails)
-    assert_same(map_quantized(directory, params), quantize(params))
+    assert_same(map_quantized(*tiny), quantize(tiny[1]))
     (line,) = capsys.readouterr().err.splitlines()
     assert "int8" in line and "the disk is full" in line
 
@@ -230,33 +218,23 @@ def test_in_a_read_only_directory_the_file_goes_to_the_users_cache(permissions, 
     assert len(times) == 1, "the second process maps what the first one made"
 
 
-# The command line
-
-
-def test_the_command_line_generates_with_int8(tmp_path):
-    model = tmp_path / "shakespeare"
-    model.mkdir()
-    for path in BUNDLED.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+def test_the_command_line_generates_with_int8(tmp_path, shakespeare):
+    model = shutil.copytree(BUNDLED, tmp_path / "shakespeare")
+    encoder, hparams, params = shakespeare
+    ids = generate(encoder.encode("ROMEO:"), quantize(params), hparams["n_head"], 20)
     for _ in range(2):
         shown = run("gpt2.py", "ROMEO:", f"--model_size={model}", "--n_tokens_to_generate=20", "--quantize=int8")
-        encoder, hparams, params = load_encoder_hparams_and_params(str(model))
-        ids = generate(encoder.encode("ROMEO:"), quantize(params), hparams["n_head"], 20)
         assert (shown.returncode, shown.stdout.decode()) == (0, encoder.decode(ids) + "\n")
         assert (model / INT8_WEIGHTS).is_file()
 
 
 def test_other_kinds_are_refused_by_name():
-    shown = run("gpt2.py", "a", "--model_size=shakespeare", "--quantize=int4")
-    assert (shown.returncode, shown.stdout) == (1, b"")
-    assert shown.stderr == b"gpt2.py: quantize must be int8, not 'int4'\n"
+    line = error_line(run("gpt2.py", "a", "--model_size=shakespeare", "--quantize=int4"))
+    assert line == "gpt2.py: quantize must be int8, not 'int4'"
 
 
 def test_without_numba_one_line_says_what_to_install(tmp_path):
     (tmp_path / "numba.py").write_text("raise ImportError('not here')")
-    shown = run(
-        "gpt2.py", "a", "--model_size=shakespeare", "--quantize=int8", env=os.environ | {"PYTHONPATH": str(tmp_path)}
-    )
-    (line,) = shown.stderr.decode().splitlines()
-    assert shown.returncode == 1
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    line = error_line(run("gpt2.py", "a", "--model_size=shakespeare", "--quantize=int8", env=env))
     assert "pip install -r requirements-fast.txt" in line

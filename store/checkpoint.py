@@ -1,10 +1,9 @@
-"""The released models: download what a model's directory lacks, and make `model.safetensors` of its checkpoint.
+"""The released models: download what a directory lacks, and convert its checkpoint to `model.safetensors`.
 
 A checkpoint is TensorFlow's: `model.ckpt.data-00000-of-00001` has the tensors, `model.ckpt.index` their names, places
-and checksums. It is read once, in a process of its own: python checkpoint.py DIRECTORY TARGET.
+and checksums. It is converted in a process of its own: python -m store.checkpoint DIRECTORY TARGET.
 """
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -15,44 +14,29 @@ from pathlib import Path
 
 import numpy as np
 
-from files import homes_of, locked, replacing, sweep
-from utils import (
-    CHECKPOINT_INDEX,
-    WEIGHTS,
-    check_tensors,
-    flatten,
-    map_leaves,
-    map_tensors,
-    param_shapes,
-    read_hparams,
-    read_merges,
-    read_vocabulary,
-    tensor_name,
-    write_tensors,
-)
+from store.files import digest, homes_of, locked, replacing, sweep
+from store.params import check_tensors, checkpoint_name, flatten, param_shapes, tensor_name
+from store.tables import read_hparams, read_merges, read_vocabulary
+from store.tensors import WEIGHTS, map_tensors, write_tensors
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
-CHECKPOINT_DATA = "model.ckpt.data-00000-of-00001"
+CHECKPOINT_INDEX, CHECKPOINT_DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 CHECKPOINT_FILES = ("checkpoint", CHECKPOINT_INDEX, "model.ckpt.meta", CHECKPOINT_DATA)
 READERS = {"encoder.json": read_vocabulary, "vocab.bpe": read_merges, "hparams.json": read_hparams}
-# Of all four sizes: length and SHA-256. A mirror may have tables of its own, but not others of the same length.
-TABLES = {
+TABLES = {  # of all four sizes: length and SHA-256
     "encoder.json": (1_042_301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "vocab.bpe": (456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
 BUNDLED = 'The bundled model needs no network: python gpt2.py "ROMEO:" --model_size shakespeare'
-DAMAGED = 3  # the exit status of a conversion that found the checkpoint's bytes to be others than were written
+DAMAGED = 3  # the exit status of a conversion that found checksums wrong
 
 
 class DamagedCheckpointError(ValueError):
-    """The bytes of a checkpoint are not those that were written: to get it again may help."""
+    """The bytes of a checkpoint are not those that were written: downloading it again may help."""
 
 
 def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None) -> None:
-    """Download those of `files` that a released model's directory lacks; the weights also if their length is wrong.
-
-    Raises FileNotFoundError if the network is forbidden, else OSError, if that fails.
-    """
+    """Download those of `files` that a released model's directory lacks, and weights of a wrong length; or OSError."""
 
     def is_missing(file: str) -> bool:
         path = directory / file
@@ -60,20 +44,21 @@ def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None
             raise IsADirectoryError(f"{path} is a directory, where a file belongs: remove it")
         return not path.is_file() or (file == CHECKPOINT_DATA and path.stat().st_size != n_data_bytes)
 
-    if not (missing := [file for file in files if is_missing(file)]):
-        return
-    if is_offline():
+    missing = [file for file in files if is_missing(file)]
+    if missing and is_offline():
         raise FileNotFoundError(f"{directory / missing[0]} is not there whole, and this run is offline. {BUNDLED}")
-    with locked(directory):
-        for file in filter(is_missing, files):  # by now another process may have fetched them
-            fetch_file(directory, file, n_data_bytes if file == CHECKPOINT_DATA else None)
+    if missing:
+        with locked(directory):
+            for file in filter(is_missing, files):  # by now another process may have fetched them
+                fetch_file(directory, file, n_data_bytes)
 
 
-def fetch_file(directory: Path, file: str, n_bytes: int | None) -> None:
+def fetch_file(directory: Path, file: str, n_data_bytes: int | None) -> None:
     """Download one file of a released model, for the process that has the lock."""
-    from download import download, part_of, size  # late: most runs have every file
+    from store.download import download, part_of, size  # imported late: it takes 0.1 s, and most runs have every file
 
     path = directory / file
+    n_bytes = n_data_bytes if file == CHECKPOINT_DATA else None
     if n_bytes:
         check_space(directory, 2 * n_bytes - size(part_of(path)), "the weights and their conversion")
         print(f"{directory}: downloading {n_bytes / 1e6:,.0f} MB of weights ...", file=sys.stderr)
@@ -94,38 +79,36 @@ def is_offline() -> bool:
 
 def check_file(name: str, path: Path) -> None:
     """Raise ValueError unless the file at `path` can be a released model's `name`."""
-    from download import digest
-
     n_bytes, sha256 = TABLES.get(name, (None, None))
-    is_other = base_url() != BASE_URL and path.stat().st_size != n_bytes
-    if sha256 and not is_other and digest(path, "sha256").hex() != sha256:
+    # A mirror may have tables of its own, but not others of the same length.
+    is_released = base_url() == BASE_URL or path.stat().st_size == n_bytes
+    if sha256 and is_released and digest(path, "sha256").hex() != sha256:
         raise ValueError("its SHA-256 is not that of the released one")
     try:
-        READERS.get(name, Path)(path)
+        if name in READERS:
+            READERS[name](path)
     except ValueError as error:
         raise ValueError(f"it is no {name} that can be read") from error
 
 
 def check_space(directory: Path, n_bytes: int, purpose: str) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < n_bytes:
-        raise OSError(
-            f"{directory}: {purpose} need {n_bytes:,} bytes, and this disk has {free:,} free; make room, or give "
-            "--models_dir on another one"
-        )
+    if (free := shutil.disk_usage(directory).free) < n_bytes:
+        advice = "make room, or give --models_dir on another one"
+        raise OSError(f"{directory}: {purpose} need {n_bytes:,} bytes, and this disk has {free:,} free; {advice}")
 
 
 def find_weights(directory: Path, n_bytes: int, released: bool) -> Path:
-    """The path of the weights of the checkpoint in `directory`, converted if they are not there or are of another one.
+    """The path of `model.safetensors`, made if it is not there or was made of another checkpoint than `directory` has.
 
-    A released model's checkpoint, of `n_bytes`, is downloaded. Where `directory` cannot be written, the conversion goes
-    to the user's cache. Raises ValueError for a checkpoint that is damaged or does not fit hparams.json, OSError,
-    ImportError without TensorFlow.
+    A released model's checkpoint, of `n_bytes`, is downloaded. If `directory` cannot be written, the file goes to the
+    user's cache. Raises ValueError for a damaged checkpoint, OSError, ImportError without TensorFlow.
     """
-    homes = homes_of(directory)
-    for home in homes:
-        if is_current(home / WEIGHTS, directory):
-            return home / WEIGHTS
+    weights = directory / WEIGHTS
+    if is_current(weights, directory):
+        return weights
+    weights = homes_of(directory)[-1] / WEIGHTS
+    if is_current(weights, directory):
+        return weights
     if not released:
         check_checkpoint(directory, n_bytes)
     if importlib.util.find_spec("tensorflow") is None:
@@ -133,9 +116,8 @@ def find_weights(directory: Path, n_bytes: int, released: bool) -> Path:
         raise ImportError(f"TensorFlow is needed once, to convert the checkpoint in {directory}: {install}")
     if released:
         fetch(directory, CHECKPOINT_FILES, n_bytes)
-    weights = homes[-1] / WEIGHTS
     with locked(weights.parent):
-        if is_current(weights, directory):  # by now: another process has made it
+        if is_current(weights, directory):  # by now another process may have made it
             return weights
         try:
             convert_checkpoint(directory, weights, n_bytes)
@@ -143,17 +125,17 @@ def find_weights(directory: Path, n_bytes: int, released: bool) -> Path:
             if not released or is_offline() or weights.parent != directory:
                 raise
             print(f"{error}: they are removed, and downloaded once more", file=sys.stderr)
-            for file, length in ((CHECKPOINT_INDEX, None), (CHECKPOINT_DATA, n_bytes)):
+            for file in (CHECKPOINT_INDEX, CHECKPOINT_DATA):
                 (directory / file).unlink()
-                fetch_file(directory, file, length)
+                fetch_file(directory, file, n_bytes)
             convert_checkpoint(directory, weights, n_bytes)
     return weights
 
 
 def is_current(weights: Path, directory: Path) -> bool:
-    """Whether `weights` are there, and made of the checkpoint in `directory`, if it still has one.
+    """Whether `weights` are there, and are made of the checkpoint in `directory` if it still has one.
 
-    Raises ValueError if that cannot be told, and they are the older.
+    Raises ValueError if they do not say of which checkpoint they are made, and are older than that one.
     """
     index = directory / CHECKPOINT_INDEX
     if not weights.is_file():
@@ -167,8 +149,8 @@ def is_current(weights: Path, directory: Path) -> bool:
 
 
 def identify(index: Path) -> str:
-    """What tells one checkpoint from another: the index holds the checksums of all tensors."""
-    return hashlib.sha256(index.read_bytes()).hexdigest()
+    """What tells one checkpoint from another: the index has the checksums of all tensors."""
+    return digest(index, "sha256").hex()
 
 
 def check_checkpoint(directory: Path, n_bytes: int) -> None:
@@ -176,18 +158,16 @@ def check_checkpoint(directory: Path, n_bytes: int) -> None:
     data = directory / CHECKPOINT_DATA
     for path in (data, directory / CHECKPOINT_INDEX):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory} has no weights: neither {WEIGHTS} nor {path.name} is there; get one of them"
-            )
+            raise FileNotFoundError(f"{directory} has no weights, neither {WEIGHTS} nor {path.name}: get one of them")
         if not os.access(path, os.R_OK):
             raise PermissionError(f"{path} cannot be read: Permission denied")
     if data.stat().st_size != n_bytes:
-        found = f"{data.stat().st_size:,} bytes, where hparams.json implies {n_bytes:,}"
-        raise ValueError(f"{data} is damaged, or of another model: it has {found}; get it again")
+        sizes = f"{data.stat().st_size:,} bytes, where hparams.json implies {n_bytes:,}"
+        raise ValueError(f"{data} is damaged, or of another model: it has {sizes}; get it again")
 
 
 def convert_checkpoint(directory: Path, weights: Path, n_bytes: int) -> None:
-    """Write to `weights` what the TensorFlow checkpoint in a model directory has, with a note of which one it was."""
+    """Write the checkpoint in `directory` to `weights`, with a note of which one it was."""
     check_checkpoint(directory, n_bytes)
     if weights.is_dir():
         raise IsADirectoryError(f"{weights} is a directory, where a file belongs: remove it")
@@ -195,55 +175,47 @@ def convert_checkpoint(directory: Path, weights: Path, n_bytes: int) -> None:
     check_space(weights.parent, n_bytes, f"the weights, converted to {WEIGHTS},")
     print(f"{directory}: converting the checkpoint to {weights} ...", file=sys.stderr)
     with replacing(weights) as temporary:
-        command = [sys.executable, __file__, str(directory), str(temporary)]
-        child = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "store.checkpoint", *map(os.path.abspath, (directory, temporary))]
+        options = {"capture_output": True, "text": True, "errors": "replace", "stdin": subprocess.DEVNULL}
+        child = subprocess.run(command, **options, cwd=Path(__file__).parents[1])
         if child.returncode:
             reason = child.stdout.strip() or f"status {child.returncode}, {child.stderr.strip()[-200:]}"
-            problem = f"{directory}: the checkpoint could not be converted: {reason}"
-            if child.returncode == DAMAGED:
-                files = f"{CHECKPOINT_INDEX} or {CHECKPOINT_DATA}"
-                raise DamagedCheckpointError(f"{problem}; {files} is damaged: get both again")
-            raise ValueError(problem)
+            kind = DamagedCheckpointError if child.returncode == DAMAGED else ValueError
+            raise kind(f"{directory}: the checkpoint could not be converted: {reason}")
     freed = sum(path.stat().st_size for path in map(directory.joinpath, CHECKPOINT_FILES) if path.is_file())
     print(f"{directory}: done; deleting checkpoint, model.ckpt.* would free {freed / 1e6:,.0f} MB", file=sys.stderr)
 
 
 def convert(directory: str, target: str) -> None:
-    """The child's part: write the checkpoint in `directory` to `target`, having read and checked every tensor."""
+    """Check the checkpoint in `directory` and write it to `target`: the work of the process of its own."""
     from tensorflow.compat.v1.train import NewCheckpointReader
 
-    target = os.path.abspath(target)
-    os.chdir(directory)  # in a path TensorFlow would take [ and * for a pattern
+    os.chdir(directory)  # TensorFlow would take [ and * in a path for a pattern
     index = Path(CHECKPOINT_INDEX)
     source = identify(index)
     reader = NewCheckpointReader(index.stem)
     shapes = param_shapes(read_hparams(Path("hparams.json")))
     found = reader.get_variable_to_shape_map()
-    # c_attn, c_fc and c_proj are convolutions of width 1 there, [1, n_in, n_out].
+    # There c_attn, c_fc and c_proj are convolutions of width 1: [1, n_in, n_out].
     squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
     check_tensors(index, squeezed, flatten(shapes, checkpoint_name), "hparams.json")
-
-    def read(path: tuple, shape: tuple) -> np.ndarray:
+    tensors = {}
+    for path, shape in flatten(shapes, tuple).items():  # by their paths
         name = checkpoint_name(path)
         tensor = reader.get_tensor(name)  # TensorFlow compares its checksum
         if tensor.dtype != np.float32:
             raise ValueError(f"{name} has the type {tensor.dtype}, not float32")
         if not np.isfinite(tensor).all():
             raise ValueError(f"{name} holds numbers that are infinite or NaN")
-        return tensor.reshape(shape)
-
-    tensors = flatten(map_leaves(read, shapes), tensor_name)
+        tensors[tensor_name(path)] = tensor.reshape(shape)
     write_tensors(Path(target), tensors, {"format": "pt", CHECKPOINT_INDEX: source})
-
-
-def checkpoint_name(path: tuple) -> str:
-    """("blocks", 0, "attn", "c_attn", "w") -> `model/h0/attn/c_attn/w`, as the released checkpoint names it."""
-    return "/".join(["model", *map(str, path)]).replace("blocks/", "h")
 
 
 if __name__ == "__main__":
     try:
         convert(*sys.argv[1:])
-    except Exception as error:  # TensorFlow has many; standard error is full of its log, so the reason goes here
-        print(" ".join(str(error).split()))
-        sys.exit(DAMAGED if type(error).__name__ in ("OpError", "DataLossError") else 1)  # TensorFlow's, of its reader
+    except Exception as error:  # TensorFlow has many kinds
+        is_damaged = type(error).__name__ in ("OpError", "DataLossError")  # from TensorFlow's reader
+        hint = f"; {CHECKPOINT_INDEX} or {CHECKPOINT_DATA} is damaged: get both again" if is_damaged else ""
+        print(" ".join(str(error).split()) + hint)  # not to standard error, where TensorFlow's log is
+        sys.exit(DAMAGED if is_damaged else 1)

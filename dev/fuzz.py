@@ -1,7 +1,7 @@
 """Damage the files of a tiny model in all ways that lead to new code, and see that what reads them takes it well.
 
-    pip install atheris && python tests/fuzz.py    # ends after 200,000 inputs, ten minutes, or one finding
-    python tests/fuzz.py -runs=1 FILE              # a finding once more; more options are libFuzzer's
+    pip install atheris && python dev/fuzz.py    # ends after 200,000 inputs, ten minutes, or one finding
+    python dev/fuzz.py -runs=1 FILE              # a finding once more; more options are libFuzzer's
 
 A file is either refused, with a ValueError or OSError of one line that begins with its place, or what is read from it
 works. All else is a finding: another error, a crash, ten seconds or two gigabytes spent on one input.
@@ -23,11 +23,13 @@ try:
 except ImportError:
     sys.exit("the fuzzer needs atheris: pip install atheris")
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-with atheris.instrument_imports(include=["encoder", "utils"]):
-    import utils
-    from encoder import BYTE_DECODER
-    from helpers import random_params
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+with atheris.instrument_imports(include=["encoder", "store"]):
+    from encoder import BYTE_DECODER, read_encoder
+    from helpers.models import random_params
+    from store.params import count_params, flatten, map_params, param_shapes, tensor_name
+    from store.tables import read_hparams
+    from store.tensors import WEIGHTS, map_tensors
 
 HPARAMS = {"n_vocab": 3, "n_ctx": 1, "n_embd": 2, "n_head": 1, "n_layer": 1}
 BYTES = json.dumps({character: i for i, character in enumerate(BYTE_DECODER)})[:-1].encode()  # how encoder.json begins
@@ -44,7 +46,7 @@ def undamaged() -> list[bytes]:
     tables = b'1,"ll":256,"ell":257,"<|endoftext|>":258}\0#version: 0.2\nl l\ne ll\n'
     mixed = b"""3{"__metadata__":{"a":"b"},"x":{"dtype":"I8","shape":[1,3],"data_offsets":[0,3]},
         "y":{"dtype":"F32","shape":[],"data_offsets":[3,7]}}\0weights"""
-    weights = save(utils.flatten(random_params(HPARAMS), utils.tensor_name))
+    weights = save(flatten(random_params(HPARAMS), tensor_name))
     start = 8 + int.from_bytes(weights[:8], "little")
     gpt2 = b"3" + weights[8:start] + b"\0" + weights[start:]
     return [b"0" + json.dumps(HPARAMS).encode(), tables, b"2" + weights, mixed, gpt2]
@@ -66,21 +68,21 @@ def check(directory: Path, data: bytes) -> None:
             check_tables(directory)
         else:  # with 2, the length of the header is part of what is damaged
             whole = data[1:] if kind == b"2" else len(text).to_bytes(8, "little") + text + rest
-            (directory / utils.WEIGHTS).write_bytes(whole)
-            check_weights(directory / utils.WEIGHTS)
+            (directory / WEIGHTS).write_bytes(whole)
+            check_weights(directory / WEIGHTS)
     except (ValueError, OSError) as error:
         if not (str(error).startswith(str(directory)) and str(error).isprintable()):
             raise
 
 
 def check_hparams(path: Path) -> None:
-    hparams = utils.read_hparams(path)
+    hparams = read_hparams(path)
     hparams["n_layer"] = min(hparams["n_layer"], 100)  # the 10,000 that are allowed take half a second
-    assert 0 < utils.count_bytes(utils.param_shapes(hparams)) < 2**63
+    assert 0 < count_params(param_shapes(hparams)) < 2**63
 
 
 def check_tables(directory: Path) -> None:
-    tokenizer = utils.read_encoder(directory)
+    tokenizer = read_encoder(directory)
     assert all(len(pair) == 2 for pair in tokenizer.bpe_ranks)
     text = TEXT + tokenizer.decode(range(len(tokenizer.encoder)))
     for allow_special in (False, True):
@@ -89,7 +91,7 @@ def check_tables(directory: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
-    tensors, metadata = utils.map_tensors(path)
+    tensors, metadata = map_tensors(path)
     assert all(isinstance(text, str) for item in metadata.items() for text in item)
     expected = load_file(path)  # the library's way, which copies
     assert tensors.keys() == expected.keys()
@@ -97,8 +99,8 @@ def check_weights(path: Path) -> None:
         assert not array.flags.writeable
         assert (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype)
         assert array.tobytes() == expected[name].tobytes()
-    shapes = utils.param_shapes(HPARAMS)
-    arrays, wanted = (utils.flatten(tree, utils.tensor_name) for tree in (utils.map_params(path, shapes), shapes))
+    shapes = param_shapes(HPARAMS)
+    arrays, wanted = (flatten(tree, tensor_name) for tree in (map_params(path, shapes), shapes))
     assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {n: (s, "<f4") for n, s in wanted.items()}
 
 

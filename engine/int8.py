@@ -1,7 +1,7 @@
 """int8 weights, a quarter of the bytes: `params = quantize(params)`, and a token takes a third of the time.
 
-Each weight matrix becomes int8 with one float32 scale for each output, behind an object that answers `x @ w`, `w.T`,
-`w[ids]` and `w.shape` as the array did. Biases, norms and positions stay float32. The products are compiled by Numba.
+Each weight matrix becomes int8 with a float32 scale for each output, behind an object that answers `x @ w`, `w.T` and
+`w[ids]` as the array did. Biases, norms and positions stay float32. Numba compiles the products.
 """
 
 import contextlib
@@ -22,29 +22,28 @@ try:
 except ImportError as error:
     raise ImportError(f"int8 needs Numba: pip install -r requirements-fast.txt ({error})") from error
 
-from files import homes_of, locked, sweep
-from utils import WEIGHTS, is_huggingface, map_leaves, map_tensors, save_tensors, tensor_name, tensors_of
+from store.files import homes_of, locked, sweep
+from store.models import weight_files
+from store.params import map_leaves, tensor_name, tensors_of
+from store.tensors import map_tensors, save_tensors
 
 INT8_WEIGHTS = "model.int8.safetensors"
-MOST_ROWS = 48  # of x, for which `multiply` is faster than to make float32 of w and have BLAS multiply
-BLOCK = 768  # outputs for which float32 is made at a time
-ANY_ORDER = {"reassoc", "contract"}  # of the terms of a sum, so that it is vectorized
+MOST_ROWS = 48  # for x with more rows, it is faster to widen w to float32 and let BLAS multiply
+BLOCK = 768  # rows of w that are widened at a time
+ANY_ORDER = {"reassoc", "contract"}  # lets the compiler add up the terms of a sum in any order, to vectorize it
+TABLES = (("wte",), ("lm_head",))  # quantized per row, as a row stands for a token; other matrices per column
 
 
-def compiled(parallel: bool = False) -> Callable:
-    """Numba's njit, which keeps what it has compiled on disk, if there is a directory that it can write to."""
-
-    def compile_it(function: Callable) -> Callable:
-        options = {"parallel": parallel, "nogil": True, "fastmath": ANY_ORDER}
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # there is none, so every process compiles
-            return njit(**options)(function)
-
-    return compile_it
+def compiled(function: Callable) -> Callable:
+    """Numba's njit on all cores, which keeps what it has compiled on disk, if there is a directory to write to."""
+    options = {"parallel": True, "nogil": True, "fastmath": ANY_ORDER}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is none, so every process compiles
+        return njit(**options)(function)
 
 
-@compiled(parallel=True)
+@compiled
 def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
     """y[i, j] = scale[j] * (x[i] . rows[j]): float32 [n, n_in], int8 [n_out, n_in], float32 [n_out], [n, n_out].
 
@@ -76,24 +75,13 @@ def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
             y[i, j] = y0 * scale[j]
 
 
-@compiled()
-def dequantize(rows: Array, scale: Array, w: Array) -> None:
-    """w[j, k] = scale[j] * rows[j, k]: int8 [n_out, n_in], float32 [n_out], float32 [n_out, n_in]."""
-    for j in range(rows.shape[0]):
-        for k in range(rows.shape[1]):
-            w[j, k] = scale[j] * float32(rows[j, k])
-
-
-one_at_a_time = threading.Lock()  # for `multiply`: not all of Numba's thread pools can serve two callers
+one_caller = threading.Lock()  # of `multiply`: not all of Numba's thread pools can serve two
 
 
 class Int8:
-    """A matrix of int8 rows [n_out, n_in] with a scale each [n_out]; `transposed` it is [n_in, n_out], as weights are.
+    """int8 rows [n_out, n_in] with a scale each that answer like a float32 array; `transposed`, of [n_in, n_out]."""
 
-    It answers as an array of float32 would; `np.asarray` makes it one.
-    """
-
-    __array_ufunc__ = None  # else NumPy would not ask __rmatmul__, but make an array of objects
+    __array_ufunc__ = None  # makes NumPy call __rmatmul__ instead of building an array of objects
     ndim, dtype = 2, np.dtype(np.float32)
 
     def __init__(self, rows: Array, scale: Array, transposed: bool = False) -> None:
@@ -102,10 +90,6 @@ class Int8:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.shape[::-1] if self.transposed else self.rows.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + self.scale.nbytes
 
     @property
     def T(self) -> "Int8":
@@ -130,24 +114,20 @@ class Int8:
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
         y = np.empty((len(rows), self.shape[1]), np.float32)
         if len(rows) <= MOST_ROWS:
-            with one_at_a_time:
+            with one_caller:
                 multiply(rows, self.rows, self.scale, y)
         else:
             for start in range(0, self.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
-                w = np.empty(self.rows[block].shape, np.float32)
-                dequantize(self.rows[block], self.scale[block], w)
-                np.matmul(rows, w.T, out=y[:, block])
+                np.matmul(rows, self.rows[block].astype(np.float32).T, out=y[:, block])
+            y *= self.scale
         return y.reshape(*x.shape[:-1], self.shape[1])
 
 
 def quantize_rows(rows: Array) -> tuple[Array, Array]:
-    """float32 [n_out, n_in] -> the nearest int8 [n_out, n_in] and float32 scales [n_out], both read-only.
-
-    The scale of a row is its largest number / 127. Raises ValueError for a row that is not finite.
-    """
+    """float32 [n_out, n_in] -> the nearest int8 [n_out, n_in], and scales [n_out]: a row's largest number / 127."""
     quantized, scale = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), BLOCK):  # a few at a time: the vocabulary's would take 154 MB more
+    for start in range(0, len(rows), BLOCK):  # the whole vocabulary at once would take 154 MB more
         block = slice(start, start + BLOCK)
         largest = np.abs(rows[block]).max(axis=1)
         if not np.isfinite(largest).all():
@@ -158,22 +138,13 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     return quantized, scale
 
 
-TABLES = (("wte",), ("lm_head",))  # their rows stand for tokens, and are as they are; of other matrices, the columns
-
-
-def is_matrix(path: tuple) -> bool:
-    """Whether the parameter at `path` becomes int8."""
-    return path in TABLES or path[-1] == "w"
-
-
 def quantize(params: dict) -> dict:
-    """`params` with int8 in the place of each weight matrix and of `wte`."""
+    """`params` with int8 in the place of each weight matrix and of the tables."""
 
     def convert(path: tuple, array: Array) -> Array | Int8:
-        if not is_matrix(path):
-            return array
-        transposed = path not in TABLES
-        return Int8(*quantize_rows(array.T if transposed else array), transposed)
+        if path in TABLES:
+            return Int8(*quantize_rows(array))
+        return Int8(*quantize_rows(array.T), transposed=True) if path[-1] == "w" else array
 
     return map_leaves(convert, params)
 
@@ -194,7 +165,7 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
             return array  # an eps
         name = tensor_name(path)
         found = tensors[name]
-        if is_matrix(path):
+        if path in TABLES or path[-1] == "w":
             found = Int8(found, tensors[f"{name}.scale"], transposed=path not in TABLES)
             if (found.rows.dtype, found.scale.dtype, found.scale.shape) != (np.int8, np.float32, found.rows.shape[:1]):
                 raise ValueError(f"{name} is not int8 with a scale for each row")
@@ -206,7 +177,7 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
 
 
 def fingerprint(paths: list[Path], params: dict) -> str:
-    """What tells other weights from these without reading them: size and time of their files, and some of the norms."""
+    """What tells these weights from others without reading them: size and time of their files, and some norms."""
     digest = hashlib.sha256(" ".join(f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths).encode())
     for norm in (params["blocks"][0]["ln_1"], params["ln_f"]):
         digest.update(norm["g"].tobytes() + norm["b"].tobytes())
@@ -214,19 +185,11 @@ def fingerprint(paths: list[Path], params: dict) -> str:
 
 
 def map_quantized(directory: Path, params: dict) -> dict:
-    """`quantize(params)`, memory-mapped from `model.int8.safetensors` in the model's directory.
+    """`quantize(params)`, memory-mapped from `model.int8.safetensors`, which is made first if need be.
 
-    If that file is not there, or was made of other weights, it is made first, for a directory that is read-only in the
-    user's cache; where it cannot be written, the weights stay in memory.
+    It is in the model's directory, else in the user's cache; if neither can be written, the weights stay in memory.
     """
-    homes = homes_of(directory)
-    if is_huggingface(directory):
-        from huggingface import CONFIG, weight_files
-
-        files = [directory / CONFIG, *weight_files(directory)]
-    else:
-        files = [home / WEIGHTS for home in homes if (home / WEIGHTS).is_file()][:1]
-    source = {"source": fingerprint(files, params)}
+    homes, source = homes_of(directory), {"source": fingerprint(weight_files(directory), params)}
 
     def find() -> dict | None:
         for path in (home / INT8_WEIGHTS for home in homes):

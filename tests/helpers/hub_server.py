@@ -4,7 +4,7 @@ import json
 import os
 from http.server import BaseHTTPRequestHandler
 
-from helpers import run
+from helpers.processes import run
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

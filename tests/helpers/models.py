@@ -1,17 +1,10 @@
-"""Small models, their directories and checkpoints, and a server for the tests."""
+"""Small models, their directories and checkpoints; where the tests find files from outside the repository."""
 
-import contextlib
-import ctypes
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +12,20 @@ import pytest
 from safetensors.numpy import save_file
 
 from encoder import train_bpe
-from utils import flatten, map_leaves, param_shapes, tensor_name
+from gpt2 import gpt2
+from store.params import flatten, map_leaves, param_shapes, tensor_name
 
-ROOT = Path(__file__).parent.parent
-DATA_PLACES = (ROOT.parent / "shared" / "data" / "gpt2", ROOT / "models" / "124M")
+ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "models" / "shakespeare"
-SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
 TINY = {"n_vocab": 300, "n_ctx": 32, "n_embd": 48, "n_head": 4, "n_layer": 2}
+
+
+def data_file(name: str) -> Path:
+    """A file that is not in the repository, such as GPT-2's tables: from the directory that GPT2_TEST_DATA names."""
+    path = Path(os.environ.get("GPT2_TEST_DATA", ""), name)
+    if "GPT2_TEST_DATA" not in os.environ or not path.is_file():
+        pytest.skip(f"{name} is not here: GPT2_TEST_DATA names the directory that has it")
+    return path
 
 
 def random_params(hparams: dict, seed: int = 0, dtype: type = np.float32) -> dict:
@@ -44,6 +44,14 @@ def assert_same_params(params: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def reference_losses(ids: np.ndarray, params: dict, n_head: int) -> np.ndarray:
+    """-log softmax of gpt2's logits at ids[1:], in float64, with nothing taken from evaluate.py: [n_seq - 1]."""
+    logits = gpt2(ids[:-1], **params, n_head=n_head).astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return -log_p[np.arange(len(ids) - 1), ids[1:]]
 
 
 @functools.cache
@@ -87,49 +95,3 @@ def write_checkpoint(directory: Path, tensors: dict[str, np.ndarray], hparams: d
     subprocess.run([sys.executable, "-c", save, str(directory)], check=True, capture_output=True)
     (directory / "tensors.npz").unlink()
     return directory
-
-
-@contextlib.contextmanager
-def serving(handler: Callable) -> Iterator[str]:
-    """Answer HTTP requests with `handler` while the block runs; yield the URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts as a user would, and capture what it prints, as bytes."""
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, capture_output=True, timeout=120, **{"stdin": subprocess.DEVNULL, **options})
-
-
-def interrupt(process: subprocess.Popen, timeout: float = 20) -> tuple[bytes, bytes]:
-    """Press Ctrl-C; what the process has still printed, and its errors, if it ends in time."""
-    process.send_signal(signal.SIGINT)
-    try:
-        return process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-
-
-def as_any_user() -> None:
-    """For `preexec_fn`: have the permissions of files hold for root too, as they do for others (on Linux)."""
-    if os.geteuid() == 0:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
-
-def has_permissions() -> bool:
-    """Whether the permissions of files hold for a child with `as_any_user`."""
-    if os.name != "posix":
-        return False
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o555)
-        command = [sys.executable, "-c", "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))", directory]
-        return subprocess.run(command, preexec_fn=as_any_user).returncode == 0

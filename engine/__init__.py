@@ -1,0 +1,1 @@
+"""How it gets fast: work on all cores, and int8 weights."""

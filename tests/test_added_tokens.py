@@ -1,0 +1,76 @@
+"""Added tokens, as encoder.Encoder finds them in a text before that is cut into words."""
+
+import json
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoder import END_OF_TEXT, AddedToken, Encoder
+from helpers.huggingface_models import ADDED, SEGMENTS, added, tokenizer_json
+from helpers.models import tiny_tables
+
+PIECES = [entry["content"] for entry in ADDED]
+PIECES += ["a", "b", "c", " ", "  ", "\n", "\t", "\u00a0", "_", "é", "1", "<", ">", "[", "«", "Ġ", END_OF_TEXT]
+APART, OVERLAPPING = ["ab", "<a>", "-é", "( )"], ["ab", "abc", "bc", "éa", " bc", "bc ", "\n", "  "]
+SHORT = [*"abc <>-\n_é", "ab", "<a>", "-é"]
+
+
+def with_tokens(entries):
+    """The tokenizer of the tests with the added tokens that tokenizer.json has as `entries`."""
+    vocabulary, merges = tiny_tables()
+    tokens = [AddedToken(e["content"], **{k: e[k] for k in e.keys() - {"id", "content"}}) for e in entries]
+    return Encoder(vocabulary | {entry["content"]: entry["id"] for entry in entries}, merges, tokens)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return with_tokens(ADDED)
+
+
+@pytest.mark.parametrize(("text", "segments"), SEGMENTS)
+def test_added_tokens_are_found_with_the_space_that_they_take(encoder, tiny_encoder, text, segments):
+    expected = [[segment] if isinstance(segment, int) else tiny_encoder.encode(segment) for segment in segments]
+    assert encoder.encode(text, allow_special=True) == list(chain(*expected))
+
+
+def test_special_tokens_are_text_unless_asked_for_and_other_added_ones_never_are(encoder, tiny_encoder):
+    text, words = "<pad> <tool><|endoftext|> <mask>", tiny_encoder.encode
+    assert encoder.encode(text) == [*words("<pad> "), 302, *words("<|endoftext|> <mask>")]
+    assert encoder.encode(text, True) == [300, *words(" "), 302, 299, 301]
+    for allow_special in (False, True):
+        assert encoder.decode(encoder.encode("<pad>«Ġ»<tool>yes( )", allow_special)) == "<pad>«Ġ»<tool>yes( )"
+
+
+def test_100_000_spaces_before_no_token_are_read_in_time(encoder, tiny_encoder):
+    for space in (" " * 100_000, "\n" * 100_000):
+        assert encoder.encode(space, True) == tiny_encoder.encode(space)
+        assert encoder.encode(f"a{space}<mask>", True) == [*tiny_encoder.encode("a"), 301]
+        assert encoder.encode(f"[end]{space}<mas", True) == [303, *tiny_encoder.encode("<mas")]
+
+
+@st.composite
+def tokens_and_texts(draw):
+    """Those of ADDED, or tokens with any flags, or tokens that overlap; and texts that have them."""
+    pieces, kind = SHORT, draw(st.sampled_from(["ADDED", "apart", "overlapping"]))
+    if kind == "ADDED":
+        entries, pieces = ADDED, PIECES
+    else:
+        contents = draw(st.lists(st.sampled_from(APART if kind == "apart" else OVERLAPPING), unique=True, min_size=1))
+        names = ("single_word", "special", "lstrip", "rstrip") if kind == "apart" else ("special",)
+        entries = [added(300 + i, c, **{name: draw(st.booleans()) for name in names}) for i, c in enumerate(contents)]
+    return entries, draw(st.lists(st.lists(st.sampled_from(pieces), max_size=12).map("".join), min_size=1, max_size=6))
+
+
+@pytest.mark.reference
+@settings(max_examples=1500)
+@given(tokens_and_texts())
+def test_added_tokens_are_found_as_the_tokenizers_library_does(case):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    entries, texts = case
+    encoder, library = with_tokens(entries), tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(entries)))
+    for text in texts:
+        assert encoder.encode(text, allow_special=True) == library.encode(text).ids
+        if not any(entry["content"] in text for entry in entries if entry["lstrip"] or entry["rstrip"]):
+            assert encoder.decode(encoder.encode(text)) == text

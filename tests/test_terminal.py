@@ -1,0 +1,155 @@
+"""Text in a terminal: documents and prompts, samples up to their stop text, tables, colours."""
+
+import io
+import os
+import re
+import sys
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from show import terminal
+
+COLOURS = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}  # rich takes that for a terminal
+
+
+def environment(variables):
+    return mock.patch.dict(os.environ, variables, clear=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "errors", "text"),
+    [
+        (b"a\r\nb\r", "strict", "a\nb\n"), ("\ufeffé 日".encode(), "strict", "é 日"), (b"\xe9", "replace", "\ufffd"),
+    ],
+)  # fmt: skip
+def test_a_document_of_a_file_or_of_standard_input_is_its_text(tmp_path, monkeypatch, data, errors, text):
+    (tmp_path / "text").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert terminal.read_document(str(tmp_path / "text"), errors) == terminal.read_document("-", errors) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (b"\xef\xbb\xbf", ValueError, "text is empty"), (None, OSError, "text cannot be read: No such file"),
+        (b"one\ntwo caf\xe9 3", UnicodeError, r"not a text in UTF-8 \(byte 0xe9 at offset 11, in line 2\): convert it"),
+    ],
+)  # fmt: skip
+def test_a_document_that_cannot_be_read_is_an_error_that_names_it(tmp_path, data, error, message):
+    if data is not None:
+        (tmp_path / "text").write_bytes(data)
+    with pytest.raises(error, match=message):
+        terminal.read_document(str(tmp_path / "text"))
+
+
+def test_an_empty_prompt_needs_an_end_of_text_to_start_from(tiny_encoder, monkeypatch):
+    assert terminal.prompt_ids("", tiny_encoder) == [tiny_encoder.eot_id]
+    monkeypatch.setattr(tiny_encoder, "bos_id", None)
+    assert terminal.prompt_ids("a", tiny_encoder) == tiny_encoder.encode("a")
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        terminal.prompt_ids("", tiny_encoder)
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=5), st.randoms())
+def test_text_ends_before_the_stop_text_however_it_is_cut(text, stop, random):
+    cuts = sorted(random.sample(range(len(text) + 1), min(len(text), 5)))
+    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert "".join(terminal.until(pieces, stop)) == text.partition(stop)[0]
+
+
+def test_text_is_not_held_back_longer_than_it_must_and_nothing_is_drawn_after_the_stop_text():
+    pieces = iter(["ab", "c", "xy", "xyz!", "not drawn"])
+    assert list(terminal.until(pieces, "xyz")) == ["ab", "c", "", "xy"]
+    assert list(pieces) == ["not drawn"]
+
+
+def test_each_sample_prints_its_own_ids_until_it_has_ended(capsys, tiny_encoder):
+    a, b, c, end = *(tiny_encoder.encode(letter)[0] for letter in "abc"), tiny_encoder.eot_id
+    terminal.print_samples((step for step in [[a, b], [end, c], [end, a], [end, b]]), tiny_encoder, 4, 2, None, end)
+    assert capsys.readouterr().out == "a\n" + "-" * 40 + "\nbcab\n"
+
+
+def test_generation_ends_with_the_printing(capsys, tiny_encoder):
+    closed = []
+
+    def steps():
+        try:
+            while True:
+                yield tiny_encoder.encode("a")
+        finally:
+            closed.append(True)
+
+    making = steps()  # a reference, or it would end with its last one
+    terminal.print_samples(making, tiny_encoder, 100, 1, "aaa", None)
+    assert closed
+    assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize(("out_is_terminal", "err_is_terminal"), [(True, True), (False, True), (False, False)])
+def test_speed_is_shown_on_a_terminal_only_and_never_on_standard_output(
+    monkeypatch, tiny_encoder, out_is_terminal, err_is_terminal
+):
+    out, err = io.StringIO(), io.StringIO()
+    out.isatty, err.isatty = lambda: out_is_terminal, lambda: err_is_terminal
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    terminal.print_samples((tiny_encoder.encode("a") for _ in range(7)), tiny_encoder, 7, 1, None, None)
+    out, err = out.getvalue(), err.getvalue()
+    assert out == "aaaaaaa\n"
+    assert bool(re.search(r"(^|\r)7 tokens in \d+\.\d\d s, [\d.]+ tokens/s\n$", err)) == bool(err) == err_is_terminal
+    assert ("0/7" in err) == (err_is_terminal and not out_is_terminal), "a bar where the text goes elsewhere"
+
+
+def test_labels_show_what_cannot_be_seen(tiny_encoder):
+    shown = "".join(terminal.token_labels(tiny_encoder.encode(" a\n\té\x1b"), tiny_encoder))
+    assert shown in ("·a⏎⇥é\\x1b", "·a⏎⇥\\xc3\\xa9\\x1b")
+
+
+def test_every_token_of_gpt2_has_a_label_that_prints_and_a_part_of_a_character_is_shown_as_its_bytes(gpt2_encoder):
+    assert terminal.token_labels(gpt2_encoder.encode("日"), gpt2_encoder) == ["\\xe6\\x97", "\\xa5"]
+    assert terminal.token_labels([50256], gpt2_encoder) == ["<|endoftext|>"]
+    assert all(label and label.isprintable() for label in terminal.token_labels(range(50257), gpt2_encoder))
+
+
+@pytest.mark.parametrize("has_colours", [False, True])
+def test_a_table_is_aligned_and_takes_any_text(capsys, has_colours):
+    if has_colours:
+        pytest.importorskip("rich", reason="rich is not installed")
+    with environment(COLOURS if has_colours else {}):
+        terminal.print_table({"n": "right", "[b]text": "left"}, [("1", "[red]a"), ("100", "")])
+    header, rows = capsys.readouterr().out.split("\n", 1)
+    assert header == ("\x1b[1m  n  [b]text\x1b[0m" if has_colours else "  n  [b]text")
+    assert rows == "  1  [red]a\n100\n"
+
+
+def test_colours_are_for_a_terminal_that_has_them_without_no_color():
+    pytest.importorskip("rich", reason="rich is not installed")
+    has_none = {"TERM": "xterm-256color"}, {**COLOURS, "NO_COLOR": "1"}, {**COLOURS, "TERM": "dumb"}
+    for variables in (COLOURS, *has_none):
+        with environment(variables):
+            assert bool(terminal.colour_console()) == (variables is COLOURS)
+
+
+@pytest.mark.parametrize("error", ["ImportError", "SyntaxError", "AttributeError"])
+def test_a_missing_or_broken_rich_is_as_good_as_none(capsys, monkeypatch, tmp_path, error):
+    (tmp_path / "rich.py").write_text(f"raise {error}('not here')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with environment(COLOURS):
+        terminal.print_table({"n": "right"}, [("1",)])
+    assert capsys.readouterr().out == "n\n1\n"
+
+
+def test_each_token_has_the_colour_of_its_own_bits():
+    rich = pytest.importorskip("rich.console", reason="rich is not installed")
+    out = io.StringIO()
+    console = rich.Console(file=out, force_terminal=True, color_system="256", width=80)
+    terminal.print_surprise(console, ["a", "b", "[c]\t", "", "é\n", "f", "\x1b[31m", ""], [0.1, 2, 3, 7.5, 99, 0])
+    text, _, legend = out.getvalue().partition("\n\n")
+    colours = dict(zip(terminal.HEAT, (f"\x1b[30;48;5;{colour}m" for colour in terminal.HEAT.values()), strict=True))
+    assert text.replace("\x1b[0m", "") == f"ab{colours[2]}[c]⇥{colours[7]}é⏎\n{colours[14]}f\\x1b[31m"
+    assert all(f"{colour} {least} and more " in legend for least, colour in colours.items())
