@@ -116,16 +116,16 @@ class Encoder:
 
     def _encode_between(self, text: str, patterns: list[regex.Pattern]) -> list[int]:
         """The ids of `text`: of the added tokens that `patterns` find, and of the words between them."""
-        ids: list[int] = []
+        ids, cache = [], self._cache
         if patterns:
             for i, part in enumerate(patterns[0].split(text)):  # text, token, text, token, ..., text
                 ids += [self.encoder[part]] if i % 2 else self._encode_between(part, patterns[1:])
         else:
             for word in split_words(text):
-                if (word_ids := self._cache.get(word)) is None:
+                if (word_ids := cache.get(word)) is None:
                     word_ids = self._encode_word(word)
-                    if len(word) <= SHORT and len(self._cache) < N_CACHED_WORDS:
-                        self._cache[word] = word_ids
+                    if len(word) <= SHORT and len(cache) < N_CACHED_WORDS:
+                        cache[word] = word_ids
                 ids += word_ids
         return ids
 
