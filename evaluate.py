@@ -57,8 +57,8 @@ def windows(n_tokens: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, 
     """(start, end, n_scored) of each window over a text; n_scored counts the tokens at its end that are scored there.
 
     As in Hugging Face's guide "Perplexity of fixed-length models", windows of n_ctx tokens begin `stride` tokens apart,
-    and each token but the first is scored once. Windows that do not overlap are one token longer, to score that too
-    which is only context in the next one.
+    and each token but the first is scored once. Windows that do not overlap are one token longer, so that the first
+    token of the next one, which is only context there, is scored too.
     """
     length, scored = n_ctx + (stride == n_ctx), 1
     for start in itertools.count(0, stride):

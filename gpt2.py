@@ -60,7 +60,7 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> Array:
 
 
 def matmul(x: Array, w: Array) -> Array:
-    """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product: NumPy would read w for each leading index."""
+    """x @ w, [..., n_in] @ [n_in, n_out] -> [..., n_out], as one product; NumPy would make one per leading index."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) <= 4:  # faster one by one, 2 in 0.6 of the time: BLAS copies w before it multiplies several rows
         rows = rows[:, None]
@@ -200,7 +200,7 @@ def gpt2(
 
 
 def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None = None) -> dict:
-    """An empty KV cache: room for n_positions of one sequence, or of n_batch. Setting `n_past` back forgets the last.
+    """An empty KV cache for n_positions of one sequence, or of n_batch. A lower `n_past` forgets the last positions.
 
     `kv` has the keys and values, [n_layer, (n_batch,) n_head, 2, n_positions, n_embd/n_head].
     """

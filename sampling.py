@@ -15,7 +15,7 @@ def greedy(logits: np.ndarray) -> np.ndarray:
 
 
 def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Sharpen (temperature < 1) or flatten (> 1) logits, the largest now 0; at the limit 0 only one of them is left."""
+    """Sharpen (temperature < 1) or flatten (> 1) logits; the largest becomes 0. Temperature 0 leaves only one token."""
     if temperature == 0:
         best = np.arange(logits.shape[-1]) == greedy(logits)[..., None]
         return np.where(best, logits.dtype.type(0), -np.inf)
@@ -63,7 +63,7 @@ def to_probabilities(logits: np.ndarray) -> np.ndarray:
 def sample(
     logits: np.ndarray, rng: np.random.Generator, temperature: float = 0, top_k: int = 0, top_p: float = 1
 ) -> np.ndarray:
-    """Choose the next token, by one draw from `rng` a row: [..., n_vocab] -> ids [...]. ValueError if some are NaN."""
+    """The next token, greedy at temperature 0, else one draw a row: [..., n_vocab] -> ids [...]. ValueError for NaN."""
     largest = logits.max(axis=-1, keepdims=True)
     check_finite(largest[~np.isinf(largest)])
     if temperature == 0:

@@ -147,7 +147,7 @@ def check_loss(loss: float, out: Path, training: Training) -> None:
 
 
 def choose_settings(given: dict, begun: Settings | None = None) -> Settings:
-    """The settings that are `given`, and those of the training that is resumed; ValueError for one that cannot be."""
+    """The settings that are `given`, else those of the training that is resumed, else the defaults; or ValueError."""
     for name in given.keys() - set(CHANGEABLE) if begun else ():
         if given[name] != (was := getattr(begun, name)):
             raise ValueError(f"the training was begun with {name} = {was}: it cannot go on with {given[name]}")

@@ -1,4 +1,4 @@
-"""The door to models: open one by its name, and save one. What a model's directory is, `store` knows."""
+"""The door to models: open one by its name, and save one. `store` knows what a model's directory is."""
 
 import json
 from pathlib import Path

@@ -91,7 +91,7 @@ def in_parts(function: Callable, x: Array, kv_cache: Array) -> Array:
     """
     n_rows = x.size // x.shape[-1]
     is_long = n_rows >= 2 * LEAST_ROWS and n_rows >= LEAST_ROWS * n_blas_threads() and blas().info()
-    if not (is_long and blas_limit.acquire(blocking=False)):  # or another thread limits BLAS, or none can
+    if not (is_long and blas_limit.acquire(blocking=False)):  # it fails if another thread limits BLAS
         return function(x, kv_cache)
     try:
         with core_threads() as pool:
@@ -115,8 +115,8 @@ def compute_parts(function: Callable, x: Array, kv_cache: Array, pool: Executor)
         shared = [SharedCache(kv, done[:i], done[i], stop) for kv, done in zip(layers, written, strict=True)]
         return function(x[..., parts[i], :], shared)
 
-    futures = [pool.submit(compute, i) for i in range(len(parts))]
     try:
+        futures = [pool.submit(compute, i) for i in range(len(parts))]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     finally:  # after an error or Ctrl-C, the other threads end with the layer that they are in
         stop.set()

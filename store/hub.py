@@ -22,7 +22,7 @@ def is_on_hub(name: str) -> bool:
 def fetch_model(name: str) -> Path:
     """The directory, in huggingface_hub's cache, of a model with all but its weights.
 
-    If there is a network the hub is asked even then: there may be a new version, or only a part is in the cache.
+    The hub is asked even if the model is there: there may be a new version, or only a part is in the cache.
     """
     with hub_errors(name):
         if not (sys.stderr and sys.stderr.isatty()):
