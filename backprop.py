@@ -7,10 +7,12 @@ of its input. A gradient has the shape of what it is for, and its name with a `d
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 from numpy import ndarray as Array
+
+from gpt2 import causal_mask
 
 Result = tuple[Array, Callable]  # of an operation: what it computes, and `backward`
 
@@ -83,12 +85,6 @@ def dropout(x: Array, rate: float, rng: np.random.Generator) -> Result:
     kept = rng.integers(0, 2**16, x.shape, dtype=np.uint16) >= round(rate * 2**16)  # half the time of floats
     mask = kept * x.dtype.type(1 / (1 - rate))
     return x * mask, lambda d_y: d_y * mask
-
-
-@cache
-def causal_mask(n_seq: int, dtype: np.dtype) -> Array:
-    """[n_seq, n_seq], to be added to scores: a position sees none after itself."""
-    return (1 - np.tri(n_seq, dtype=dtype)) * -1e10
 
 
 def attention(q: Array, k: Array, v: Array, drop: Callable) -> Result:

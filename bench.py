@@ -4,20 +4,22 @@ A machine's speed changes from minute to minute. So the limit, this project and 
 measure, a round takes each measure once, medians are compared, and rows whose rounds differ a lot are marked.
 """
 
-import contextlib
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
 import functools
 import importlib.metadata
 import importlib.util
 import json as jsonlib  # main has a flag of that name
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,13 +54,12 @@ UNSTEADY = 1.5  # a row is marked if the largest of its figures is so many times
 PAUSE = 0.1  # seconds after which the threads of the library before have stopped waiting for work and free the cores
 TIMER = """if True:
     import os, subprocess, sys, time
-    start, peak = time.perf_counter(), "nan"
-    status = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+    print(time.perf_counter() - start)
     if os.name == "posix":
         import resource
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(seconds, peak)
+        print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     sys.exit(status)
 """
 LIMITS = {
@@ -80,7 +81,7 @@ class Measure:
     unit: str
     parties: dict[str, Callable[[], float]]
     cost: dict[str, float] = field(default_factory=dict)  # `bytes` and `operations` of a token
-    figures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # each party's, round by round
+    figures: dict[str, list[float]] = field(default_factory=dict)  # each party's, round by round
 
 
 @functools.cache
@@ -127,8 +128,8 @@ def run_process(*arguments: str) -> tuple[float, float]:
     timer = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     if timer.returncode:
         raise OSError(f"{' '.join(arguments)[:80]} has failed: {' '.join(timer.stderr.split())[-300:]}")
-    seconds, peak = map(float, timer.stdout.split())
-    return seconds, peak / 1e6
+    seconds, peak = map(float, [*timer.stdout.split(), "nan"][:2])
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def prefill_speed(engine: Engine, ids: Array) -> float:
@@ -149,9 +150,8 @@ def decode_speed(engine: Engine, ids: Array) -> float:
 
 def tokenizer_speed(new_encode: Callable[[], Callable], text: str) -> float:
     """The MB/s of the first text that the function `new_encode()` cuts up; making the function does not count."""
-    encode, start = new_encode(), time.perf_counter()
-    encode(text)
-    return len(text.encode()) / 1e6 / (time.perf_counter() - start)
+    encode = new_encode()
+    return len(text.encode()) / 1e6 / timeit(lambda: encode(text), number=1)
 
 
 def engines_of(model: Model, against: list[str], temporary: Path) -> tuple[dict, dict]:
@@ -172,12 +172,11 @@ def engine_measures(model: Model, against: list[str], temporary: Path) -> Iterat
     n_vocab, n_embd = model.hparams["n_vocab"], model.hparams["n_embd"]
     n_blocks = 12 * n_embd * n_embd * model.hparams["n_layer"]  # weights in matrices: 3 + 1 in attn, 4 + 4 in mlp
     n_matrices = n_blocks + n_vocab * n_embd
-    n_bytes = 4 * model.n_weights
-    n_bytes_int8 = n_bytes - 3 * n_matrices  # a byte for each weight of the matrices, 4 for the others
+    prompt, decode = {"operations": 2 * n_blocks}, {"bytes": 4 * model.n_weights}
+    decode_int8 = {"bytes": decode["bytes"] - 3 * n_matrices}  # a byte for each weight of the matrices, 4 for others
+    batches = {n: {"bytes": decode["bytes"] / n, "operations": 2 * n_matrices} for n in BATCHES}
     float32, int8 = engines_of(model, against, temporary)
     of_batches = {name: engine for name, engine in float32.items() if name != "llama_cpp"}
-    prompt, decode, decode_int8 = {"operations": 2 * n_blocks}, {"bytes": n_bytes}, {"bytes": n_bytes_int8}
-    batches = {n: {"bytes": n_bytes / n, "operations": 2 * n_matrices} for n in BATCHES}
     for group, name, shape, cost, engines in [
         *(("prefill", f"prompt of {n:,}", (n,), prompt, float32) for n in PROMPTS),
         ("prefill", f"prompt of {N_PROMPT_INT8:,}, int8", (N_PROMPT_INT8,), prompt, int8),
@@ -223,12 +222,8 @@ def take_all(measures: list[Measure], n_rounds: int) -> list[dict]:
             large_matrix.cache_clear()
         for party, figure in measure.parties.items():
             time.sleep(PAUSE)
-            measure.figures[party].append(figure())
-    rows = [summarize(measure) for measure in measures]
-    batches = [row for row in rows if row["group"] == "batch"]
-    for row in batches:
-        row["times_one_sequence"] = row["here"] / batches[0]["here"]
-    return rows
+            measure.figures.setdefault(party, []).append(figure())
+    return [summarize(measure) for measure in measures]
 
 
 def summarize(measure: Measure) -> dict:
@@ -248,10 +243,9 @@ def summarize(measure: Measure) -> dict:
 
 def describe_machine(packages: Iterable[str]) -> dict:
     """The processor, the cores that this process may use, the threads of BLAS, and the versions of libraries."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), processor)
+    cpuinfo = Path("/proc/cpuinfo")
+    model_name = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
+    processor = model_name[1] if model_name else platform.processor() or platform.machine()
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {"Python": platform.python_version(), "NumPy": np.__version__}
     versions |= {str(p["internal_api"]): str(p["version"]) for p in threadpool_info() if p["user_api"] == "blas"}
@@ -315,17 +309,16 @@ def notes(rows: list[dict]) -> list[str]:
     lines += [f"  {text.format(**rates)}" for group, text in LIMITS.items() if group in groups]
     if any(row["unsteady"] for row in rows):
         lines.append(f"~ rounds differ by a factor of {UNSTEADY} or more: something else ran, do not trust the row")
-    if factors := [f"{row['times_one_sequence']:.1f}" for row in rows if row["group"] == "batch"]:
-        lines.append(f"batches, times the speed of the first: {', '.join(factors)}")
+    if speeds := [row["here"] for row in rows if row["group"] == "batch"]:
+        lines.append(f"batches, times the speed of the first: {', '.join(f'{s / speeds[0]:.1f}' for s in speeds)}")
     return lines
 
 
 def choose(names: str | None, known: Iterable[str], option: str) -> list[str]:
     """The names in a list with commas; ValueError for one that is not known."""
     chosen = list(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"{option} takes {', '.join(known)}, or several with commas between, not {name!r}")
+    if odd := [name for name in chosen if name not in known]:
+        raise ValueError(f"{option} takes {', '.join(known)}, or several with commas between, not {odd[0]!r}")
     return chosen
 
 
@@ -357,6 +350,4 @@ def main(
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run(main)

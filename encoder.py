@@ -4,12 +4,17 @@ Text is cut into words, each word into its UTF-8 bytes, and neighbouring parts a
 most often first (Sennrich et al. 2016; GPT-2 paper, section 2.2). Any string has an encoding, and it decodes to itself.
 """
 
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
 import codecs
 import heapq
+import os
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
 
 import regex
@@ -19,8 +24,11 @@ from store.models import TOKENIZER_FILES, find_model, load_tables
 END_OF_TEXT = "<|endoftext|>"
 # Contractions; letters, digits or other signs with one space before; white space, whose last space goes with a word.
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+WORD_END = regex.compile(r"(?r)\S\s")  # the last in a text: no word goes on with white space after something else
+SPACE, SPACE_BEFORE, LETTER = regex.compile(r"\s*"), regex.compile(r"(?r)\s*"), regex.compile(r"\w")
 SPECIAL = regex.compile(r"<\P{Cs}*>")  # any token in angle brackets that has no lone surrogates
 N_CACHED_WORDS, SHORT = 65_536, 64  # each of at most 64 characters
+LONGEST_WORD = 2**24  # characters in a document
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -39,6 +47,20 @@ def split_words(text: str) -> list[str]:
     if not text.isascii():
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return WORD.findall(text)
+
+
+def whole_words(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield a text that comes in `pieces`, cut anew where white space begins: no word is cut there."""
+    held = ""
+    for piece in pieces:
+        n_searched = max(len(held) - 1, 0)
+        held += piece
+        if end := WORD_END.search(held, n_searched):
+            yield held[: end.start() + 1]
+            held = held[end.start() + 1 :]
+        if len(held) > LONGEST_WORD:
+            raise ValueError(f"the text has more than {LONGEST_WORD:,} characters without white space: it is none")
+    yield held
 
 
 def split_bytes(word: str) -> list[str]:
@@ -61,19 +83,48 @@ class AddedToken:
     single_word: bool = False
     normalized: bool = False
 
-    @property
-    def pattern(self) -> str:
-        """The regular expression that finds the token, which is its only group."""
-        before = r"(?:(?<!\s)\s++)?" if self.lstrip else ""  # begins at the first white space, to try it only once
-        token = f"({regex.escape(self.text)})"
-        return before + (rf"(?<!\w){token}(?!\w)" if self.single_word else token) + (r"\s*+" if self.rstrip else "")
+
+def prefixes_of(text: str, tokens: list[AddedToken], start: int = 0) -> list[AddedToken]:
+    """Those of `tokens`, each of which begins the next one, that begin `text` at `start`."""
+    return tokens[: bisect(tokens, False, key=lambda token: not text.startswith(token.text, start))]
 
 
-def patterns_of(tokens: Iterable[AddedToken]) -> list[regex.Pattern]:
-    """What finds `tokens`, of several at one place the longest: a pattern, then one for those that are `normalized`."""
-    longest_first = sorted(tokens, key=lambda token: len(token.text), reverse=True)
-    passes = [[t.pattern for t in longest_first if t.normalized == normalized] for normalized in (False, True)]
-    return [regex.compile(f"(?|{'|'.join(patterns)})") for patterns in passes if patterns]
+def index(tokens: Iterable[AddedToken]) -> list[tuple]:
+    """What `find` needs, for tokens that are not `normalized`, and then for those that are.
+
+    It is a pattern of how they all begin, their texts in order, the length of the longest, and `prefixes`: first none,
+    then for each text the tokens that begin it, the last of which is its own.
+    """
+    indexes, tokens = [], sorted(tokens, key=lambda token: token.text)
+    for normalized in (False, True):
+        if group := [token for token in tokens if token.normalized == normalized]:
+            prefixes = accumulate(group, lambda last, token: [*prefixes_of(token.text, last), token], initial=[])
+            texts = [token.text for token in group]
+            common = os.path.commonprefix(texts)  # noqa: RUF071 (these are no paths)
+            beginning = regex.compile("|".join({regex.escape(common or text[:1]) for text in texts}))
+            indexes.append((beginning, texts, max(map(len, texts)), list(prefixes)))
+    return indexes
+
+
+def find(
+    text: str, beginning: regex.Pattern, texts: list[str], longest: int, prefixes: list[list[AddedToken]]
+) -> Iterator[tuple[int, int, str]]:
+    """Yield the start and end of each added token in `text`, with the white space that it takes along, and its text.
+
+    Of those at one place the longest is found: all of them begin one text, the last that is not greater than what is
+    there. In a token that should be a single word and is not, nothing is found, as in the tokenizers library.
+    """
+    end = taken = 0
+    for match in beginning.finditer(text, overlapped=True):
+        if (start := match.start()) < end:
+            continue
+        if found := prefixes_of(text, prefixes[bisect(texts, text[start : start + longest])], start):
+            token = found[-1]
+            end = start + len(token.text)
+            if not (token.single_word and (LETTER.match(text[start - 1 : start]) or LETTER.match(text, end))):
+                before = SPACE_BEFORE.match(text, min(taken, start), start).start() if token.lstrip else start
+                taken = SPACE.match(text, end).end() if token.rstrip else end
+                yield before, taken, token.text
 
 
 class Encoder:
@@ -94,8 +145,8 @@ class Encoder:
         self.added_tokens = {token.text: token for token in added_tokens}
         if END_OF_TEXT in encoder:
             self.added_tokens.setdefault(END_OF_TEXT, AddedToken(END_OF_TEXT, special=True))
-        self._all_added = patterns_of(self.added_tokens.values())
-        self._ordinary_added = patterns_of(token for token in self.added_tokens.values() if not token.special)
+        self._all_added = index(self.added_tokens.values())
+        self._ordinary_added = index(token for token in self.added_tokens.values() if not token.special)
         self._cache: dict[str, list[int]] = {}  # the ids of words
         if self.decoder.keys() != set(range(len(encoder))):
             raise ValueError("the vocabulary's ids must be 0, 1, 2 and so on, each once")
@@ -114,12 +165,20 @@ class Encoder:
         """The token ids of `text`. `<|endoftext|>` is ordinary text in it, or with `allow_special` the one token."""
         return self._encode_between(text, self._all_added if allow_special else self._ordinary_added)
 
-    def _encode_between(self, text: str, patterns: list[regex.Pattern]) -> list[int]:
-        """The ids of `text`: of the added tokens that `patterns` find, and of the words between them."""
-        ids, cache = [], self._cache
-        if patterns:
-            for i, part in enumerate(patterns[0].split(text)):  # text, token, text, token, ..., text
-                ids += [self.encoder[part]] if i % 2 else self._encode_between(part, patterns[1:])
+    def pieces(self, text: Iterable[str]) -> Iterator[str]:
+        """Yield a text that comes in pieces, cut anew so that `encode` makes of them what it makes of the whole."""
+        tokens = self.added_tokens.values()
+        goes_on = any(token.lstrip or token.rstrip or regex.search(r"\s", token.text) for token in tokens)
+        return iter(["".join(text)]) if goes_on else whole_words(text)
+
+    def _encode_between(self, text: str, indexes: list[tuple]) -> list[int]:
+        """The ids of `text`: of the added tokens that `indexes` find, and of the words between them."""
+        ids, cache, end = [], self._cache, 0
+        if indexes:
+            for start, stop, token in find(text, *indexes[0]):
+                ids += [*self._encode_between(text[end:start], indexes[1:]), self.encoder[token]]
+                end = stop
+            ids += self._encode_between(text[end:], indexes[1:])
         else:
             for word in split_words(text):
                 if (word_ids := cache.get(word)) is None:
@@ -134,9 +193,8 @@ class Encoder:
 
         The parts are a linked list and the pairs wait in a heap, so that n bytes take O(n log n) and not O(n^2).
         """
-        parts: list[str | None] = [*split_bytes(word)]  # None where a part has joined the one to its left
-        n = len(parts)
-        previous, following = list(range(-1, n - 1)), list(range(1, n + 1))
+        parts = [*split_bytes(word), None]  # None at the end, and where a part has joined the one to its left
+        previous, following = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
         ranks = self.bpe_ranks
         heap = sorted((ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks)
         while heap:
@@ -144,16 +202,14 @@ class Encoder:
             while heap and heap[0][0] == rank:
                 i = heapq.heappop(heap)[1]
                 j = following[i]
-                if j == n or ranks.get((parts[i], parts[j])) != rank:
+                if ranks.get((parts[i], parts[j])) != rank:
                     continue  # stale: a merge since then took one of the two
                 parts[i], parts[j] = parts[i] + parts[j], None
-                following[i] = following[j]
-                if following[j] < n:
-                    previous[following[j]] = i
+                following[i], previous[following[j]] = following[j], i
                 merged.append(i)
             for i in merged:
-                for left, right in ((previous[i], i), (i, following[i])):
-                    if left >= 0 and right < n and (pair := (parts[left], parts[right])) in ranks:
+                for left, right in ((previous[i], i), (i, following[i])):  # before the first is -1: the None at the end
+                    if (pair := (parts[left], parts[right])) in ranks:
                         heapq.heappush(heap, (ranks[pair], left))
         return [self.encoder[part] for part in parts if part is not None]
 
@@ -195,14 +251,16 @@ def get_encoder(model_name: str, models_dir: str = "models") -> Encoder:
     return read_encoder(find_model(model_name, models_dir, TOKENIZER_FILES))
 
 
-def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def train_bpe(text: str | Iterable[str], n_vocab: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Learn the tables of `Encoder` from `text`: 256 bytes, n_vocab - 257 merges in rank order, then `<|endoftext|>`.
 
-    Each merges the most frequent pair, of several the alphabetically first. ValueError if the text has too few.
+    The text may come in pieces. Each merge is of the most frequent pair, of several the alphabetically first. Raises
+    ValueError if the text has too few pairs.
     """
     if n_vocab < 257:
         raise ValueError(f"n_vocab must be at least 257 (256 bytes and {END_OF_TEXT}), not {n_vocab}")
-    found = Counter(split_words(text))
+    pieces = [text] if isinstance(text, str) else text
+    found = Counter(chain.from_iterable(map(split_words, whole_words(pieces))))
     words, frequencies = [split_bytes(word) for word in found], list(found.values())
     counts = Counter()  # pair -> how often the text has it
     places = defaultdict(set)  # pair -> the words that have, or once had, it
@@ -254,6 +312,4 @@ def main(text: str, model_size: str = "124M", models_dir: str = "models") -> Non
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run(main)

@@ -4,10 +4,13 @@ The loss of a token is -log of the probability that the model gives it after tho
 a text is the exponential of their mean. `token_losses` takes one window of context, `text_losses` any length.
 """
 
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy import ndarray as Array
@@ -16,7 +19,7 @@ from encoder import Encoder
 from engine.threads import on_all_cores
 from gpt2 import check_ids, hidden_states, matmul, to_logits
 from sampling import check_count, check_finite, log_sum_exp
-from show.terminal import print_table, read_document
+from show.terminal import document_pieces, is_stream, print_table, progress, read_document
 from utils import load_encoder_hparams_and_params
 
 ROWS = 1024  # positions computed at a time: several windows if the context is short
@@ -53,20 +56,36 @@ def loss(inputs: Array, params: dict, n_head: int) -> float:
     return float(token_losses(inputs, params, n_head).mean())
 
 
-def windows(n_tokens: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, n_scored) of each window over a text; n_scored counts the tokens at its end that are scored there.
+def windows(pieces: Iterable[Array], n_ctx: int, stride: int) -> Iterator[tuple[Array, int]]:
+    """Each window over the ids of a text, which come in pieces, and how many ids at its end are scored there.
 
     As in Hugging Face's guide "Perplexity of fixed-length models", windows of n_ctx tokens begin `stride` tokens apart,
     and each token but the first is scored once. Windows that do not overlap are one token longer, so that the first
     token of the next one, which is only context there, is scored too.
     """
-    length, scored = n_ctx + (stride == n_ctx), 1
-    for start in itertools.count(0, stride):
-        end = min(start + length, n_tokens)
-        yield start, end, end - scored
-        if end == n_tokens:
-            return
-        scored = end
+    length, n_before, ids = n_ctx + (stride == n_ctx), 1, None  # before: ids at the beginning that are only context
+    for piece in pieces:
+        ids = np.asarray(piece) if ids is None else np.concatenate([ids, piece])
+        while len(ids) > length:
+            yield ids[:length], length - n_before
+            ids, n_before = ids[stride:], length - stride
+    yield ids, len(ids) - n_before
+
+
+def losses_in_parts(pieces: Iterable[Array], params: dict, n_head: int, stride: int | None = None) -> Iterator[Array]:
+    """`text_losses` of ids that come in pieces: yields one array after another, and never holds the whole text."""
+    n_ctx = params["wpe"].shape[0]
+    stride = n_ctx if stride is None else stride
+    check_count("stride", stride, least=1, most=n_ctx)
+
+    def batches() -> Iterator[tuple[list[Array], int]]:
+        """Windows of the same length, and their n_scored."""
+        spans = windows(pieces, n_ctx, stride)
+        for (length, n_scored), alike in itertools.groupby(spans, key=lambda window: (len(window[0]), window[1])):
+            while inputs := [ids for ids, _ in itertools.islice(alike, max(1, ROWS // length))]:
+                yield inputs, n_scored
+
+    yield from on_all_cores(lambda batch: token_losses(batch[0], params, n_head, batch[1]).reshape(-1), batches())
 
 
 def text_losses(ids: list[int], params: dict, n_head: int, stride: int | None = None) -> Array:
@@ -74,38 +93,24 @@ def text_losses(ids: list[int], params: dict, n_head: int, stride: int | None = 
 
     The text is cut into `windows`, by default without overlap. Raises ValueError for one token, or a wrong stride.
     """
-    n_ctx = params["wpe"].shape[0]
-    stride = n_ctx if stride is None else stride
-    check_count("stride", stride, least=1, most=n_ctx)
     ids = np.asarray(ids)
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"a text is one row of token ids, not an array of the shape {ids.shape}")
-    spans = windows(len(ids), n_ctx, stride)
-    batches = []  # lists of windows with the same length and n_scored
-    for (length, _), alike in itertools.groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
-        group, n = list(alike), max(1, ROWS // length)
-        batches += [group[i : i + n] for i in range(0, len(group), n)]
-
-    def compute(batch: list[tuple[int, int, int]]) -> Array:
-        inputs = np.stack([ids[start:end] for start, end, _ in batch])
-        return token_losses(inputs, params, n_head, n_scored=batch[0][2]).reshape(-1)
-
-    return np.concatenate(on_all_cores(compute, batches, progress=True))
+    return np.concatenate(list(progress(losses_in_parts([ids], params, n_head, stride), "token", lambda: len(ids) - 1)))
 
 
-def measures(text: str, losses: Array) -> dict[str, float]:
-    """The losses of the tokens of `text` as the usual measures: per token, byte (of UTF-8), character and word.
+def measures(nats: float, n_tokens: int, n_bytes: int, n_characters: int, n_words: int) -> dict[str, float]:
+    """The sum of the losses of a text's tokens as the usual measures: per token, byte (of UTF-8), character and word.
 
-    Words are separated by white space (GPT-2 paper, section 3.1). The first token, which has no loss, counts as length.
+    Words are separated by white space (GPT-2 paper, section 3.1). n_tokens does not count the first, which has no loss.
     """
-    nats = float(losses.sum())
     with np.errstate(over="ignore"):
         return {
-            "nats per token": nats / len(losses),
-            "perplexity": float(np.exp(nats / len(losses))),
-            "bits per byte": nats / math.log(2) / len(text.encode("utf-8", "replace")),
-            "bits per character": nats / math.log(2) / len(text),
-            "perplexity per word": float(np.exp(nats / max(1, len(text.split())))),
+            "nats per token": nats / n_tokens,
+            "perplexity": float(np.exp(nats / n_tokens)),
+            "bits per byte": nats / math.log(2) / n_bytes,
+            "bits per character": nats / math.log(2) / n_characters,
+            "perplexity per word": float(np.exp(nats / max(1, n_words))),
         }
 
 
@@ -145,7 +150,7 @@ def last_words(texts: Sequence[str], encoder: Encoder, params: dict, n_head: int
     in lm-evaluation-harness). Of a text that is too long, the end counts. Raises ValueError for a text of one word.
     """
 
-    def compute(text: str) -> tuple[bool, float]:
+    def compute(text: str) -> list[tuple[bool, float]]:
         text = text.rstrip()
         if len(text.split()) < 2:
             raise ValueError(f"{text[:40]!r} has no word before its last one")
@@ -157,11 +162,12 @@ def last_words(texts: Sequence[str], encoder: Encoder, params: dict, n_head: int
             logits = to_logits(x, **params)  # [n_embd] -> [n_vocab]
             is_right &= bool(logits[: len(encoder.encoder)].argmax() == i)  # without padding, which stands for no token
             log_p += logits[i] - log_sum_exp(logits)
-        return is_right, log_p
+        return [(is_right, log_p)]
 
     if not texts:
         raise ValueError("there are no texts")
-    is_right, log_probabilities = zip(*on_all_cores(compute, texts, progress=True), strict=True)
+    parts = progress(on_all_cores(compute, texts), "text", lambda: len(texts))
+    is_right, log_probabilities = zip(*itertools.chain.from_iterable(parts), strict=True)
     return np.array(is_right), np.array(log_probabilities)
 
 
@@ -196,17 +202,28 @@ def show_text(
     """
     if errors not in ("strict", "replace"):
         raise ValueError(f"errors must be strict or replace, not {errors!r}")
+    check_count("stride", 1 if stride is None else stride, least=1)
+    counts, nats = np.zeros(4, int), 0.0  # of tokens, bytes, characters, words
+
+    def encoded() -> Iterator[Array]:
+        """The ids of the text, in pieces, which are counted."""
+        for piece in encoder.pieces(document_pieces(file, errors)):
+            ids = encoder.encode(piece, allow_special=True)
+            counts[:] += len(ids), len(piece.encode()), len(piece), len(piece.split())
+            yield np.array(ids)
+
     try:
-        text = read_document(file, errors)
+        # What is wrong with a text is said now, not after hours; what can be read only once has an unknown length.
+        length = None if is_stream(file) else sum(map(len, document_pieces(file, errors)))
+        encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+        parts = losses_in_parts(encoded(), params, hparams["n_head"], stride)
+        for losses in progress(parts, "token", lambda: length and round(length * (counts[0] / counts[2]))):
+            nats += check_finite(losses, "losses").sum()
     except UnicodeError as error:
         raise ValueError(f"{error}; or go on with --errors replace") from error
-    check_count("stride", 1 if stride is None else stride, least=1)
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    ids = encoder.encode(text, allow_special=True)
-    losses = check_finite(text_losses(ids, params, hparams["n_head"], stride), "losses")
-    sizes = f"{len(ids):,} tokens, {len(text.encode('utf-8', 'replace')):,} bytes, {len(text):,} characters"
-    print(f"{sizes}, {len(text.split()):,} words")
-    for name, value in measures(text, losses).items():
+    n_tokens, n_bytes, n_characters, n_words = counts.tolist()
+    print(f"{n_tokens:,} tokens, {n_bytes:,} bytes, {n_characters:,} characters, {n_words:,} words")
+    for name, value in measures(nats, n_tokens - 1, n_bytes, n_characters, n_words).items():
         print(f"{name:<20}{value:>12{',.4f' if value < 1e6 else '.4g'}}")
 
 
@@ -236,6 +253,4 @@ def show_last_words(file: str, model_size: str = "124M", models_dir: str = "mode
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run({"": show_text, "choose": show_options, "last_word": show_last_words})

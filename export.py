@@ -1,16 +1,19 @@
 """Export a model for other programs: a directory that transformers, and all that reads its files, can open."""
 
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
 import json
 import os
-import shutil
 from pathlib import Path
 
 from encoder import Encoder
+from store.files import digests, replacing_directory, write_text
 from store.huggingface import CONFIG, DEFAULTS, NAMES, TOKENIZER
 from store.params import tensors_of
 from store.tables import format_merges
 from store.tensors import WEIGHTS, save_tensors
-from utils import load_encoder_hparams_and_params
+from utils import open_model
 
 
 def describe_config(encoder: Encoder, hparams: dict, params: dict) -> dict:
@@ -63,12 +66,12 @@ def export_model(encoder: Encoder, hparams: dict, params: dict, directory: Path)
         "vocab.json": encoder.encoder,
     }
     for file, value in contents.items():
-        (directory / file).write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
-    (directory / "merges.txt").write_text(format_merges(encoder.bpe_ranks), encoding="utf-8", newline="\n")
+        write_text(directory / file, json.dumps(value, ensure_ascii=False, indent=2))
+    write_text(directory / "merges.txt", format_merges(encoder.bpe_ranks))
     tensors = {f"transformer.{name}": array for name, array in tensors_of(params).items()}
     if "lm_head" in params:
         tensors["lm_head.weight"] = tensors.pop("transformer.lm_head.weight")
-    save_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
+    save_tensors(directory / WEIGHTS, tensors, {"format": "pt", **digests(directory, (*contents, "merges.txt"))})
 
 
 def main(model_size: str, out: str, models_dir: str = "models") -> None:
@@ -78,22 +81,14 @@ def main(model_size: str, out: str, models_dir: str = "models") -> None:
         raise ValueError("OUT is empty: it is the directory to make")
     if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
         raise FileExistsError(f"{out} is there already: choose another name")
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    temporary = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+    _, encoder, hparams, params = open_model(model_size, models_dir)
     try:
-        temporary.mkdir(parents=True)
-        export_model(encoder, hparams, params, temporary)
-        if directory.is_dir():
-            directory.rmdir()  # it is empty
-        temporary.replace(directory)
+        with replacing_directory(directory) as new:
+            export_model(encoder, hparams, params, new)
     except OSError as error:
         raise OSError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: written; in transformers: AutoModelForCausalLM.from_pretrained({out!r})")
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run(main)

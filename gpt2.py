@@ -4,20 +4,20 @@ In the shape comments n_seq is the number of tokens, n_embd the width of the mod
 each n_embd / n_head wide; `...` stands for leading batch axes, of which there may be none.
 """
 
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
+import functools
 import itertools
 import math
 import os
-import signal
 from collections.abc import Iterator
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the other imports ends without a traceback
 
 import numpy as np
 from numpy import ndarray as Array
 
 from engine.threads import in_parts
-from sampling import check_count, check_options, sample
+from sampling import check_count, check_finite, check_memory, check_options, sample
 
 QUERY_BLOCK = 96  # positions
 
@@ -91,6 +91,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     return softmax(scores, out=scores) @ v  # in place, so that it stays in the processor's cache: 0.8 of the time
 
 
+@functools.cache
+def causal_mask(n_seq: int, dtype: np.dtype) -> Array:
+    """[n_seq, n_seq], to be added to scores: -inf where a key comes after the query, else 0."""
+    return np.where(np.tri(n_seq, dtype=bool), dtype.type(0), dtype.type(-np.inf))
+
+
 def causal_attention(q: Array, k: Array, v: Array) -> Array:
     """Attention in which a position sees itself and those before it; q has the last n_q of the positions of k and v.
 
@@ -104,7 +110,7 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
     for start in range(0, n_q, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, n_q)
         n_seen = n_past + end
-        mask = (1 - np.tri(end - start, dtype=q.dtype)) * -1e10  # all see what is before the block
+        mask = causal_mask(end - start, q.dtype)  # all see what is before the block
         heads[..., start:end, :] = attention(q[..., start:end, :], k[..., :n_seen, :], v[..., :n_seen, :], mask)
     return heads
 
@@ -153,10 +159,22 @@ def check_ids(inputs: Array, n_vocab: int, n_room: int) -> Array:
     return ids.astype(np.intp, copy=False)
 
 
+def check_heads(n_head: int, n_embd: int, cache: dict | None = None) -> None:
+    """Raise ValueError unless n_head is a whole number that divides n_embd, and that of the cache."""
+    check_count("n_head", n_head, least=1, most=n_embd)
+    if n_embd % n_head:
+        raise ValueError(f"n_head = {n_head} does not divide the model's n_embd = {n_embd}")
+    if cache and cache["kv"].shape[-4::3] != (n_head, n_embd // n_head):
+        raise ValueError(f"the cache has the shape {cache['kv'].shape}: it is not for n_head = {n_head} here")
+
+
 def embed(inputs: Array, wte: Array, wpe: Array, blocks: list, cache: dict | None = None, **_: object) -> tuple:
     """What enters the first block, [..., n_seq] -> [..., n_seq, n_embd], and the `kv_cache` of each block."""
     n_past, n_room = (cache["n_past"], cache["kv"].shape[-2]) if cache else (0, wpe.shape[0])
+    check_count("the cache's n_past", n_past, most=cache.get("n_filled", n_room) if cache else 0)
     ids = check_ids(inputs, wte.shape[0], n_room - n_past)
+    if cache and cache["kv"].shape[:-4] != (len(blocks), *ids.shape[:-1]):
+        raise ValueError(f"the cache has the shape {cache['kv'].shape}, and the inputs {ids.shape}: they do not fit")
     n_all = n_past + ids.shape[-1]
     x = wte[ids] + wpe[n_past:n_all]  # [..., n_seq] -> [..., n_seq, n_embd]
     return x, (cache["kv"][..., :n_all, :] if cache else [None] * len(blocks))
@@ -178,10 +196,11 @@ def hidden_states(
     With a `cache` of `new_cache` the inputs follow the positions that it holds, and are added to it. Raises ValueError
     for ids outside the vocabulary and for more positions than the model, or the cache, has room for.
     """
+    check_heads(n_head, wpe.shape[1], cache)
     x, kv_cache = embed(inputs, wte, wpe, blocks, cache)
     x = apply_blocks(x, blocks, n_head, kv_cache)
     if cache:
-        cache["n_past"] += x.shape[-2]
+        cache["n_past"] = cache["n_filled"] = kv_cache.shape[-2]
     return layer_norm(x, **ln_f)
 
 
@@ -202,19 +221,24 @@ def gpt2(
 def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None = None) -> dict:
     """An empty KV cache for n_positions of one sequence, or of n_batch. A lower `n_past` forgets the last positions.
 
-    `kv` has the keys and values, [n_layer, (n_batch,) n_head, 2, n_positions, n_embd/n_head].
+    `kv` has the keys and values, [n_layer, (n_batch,) n_head, 2, n_positions, n_embd/n_head]; those of the first
+    `n_filled` positions have been computed. Raises ValueError for numbers that do not fit the model.
     """
     n_ctx, n_embd = params["wpe"].shape
     check_count("n_positions", n_positions, least=1, most=n_ctx)
+    check_heads(n_head, n_embd)
+    check_count("n_batch", 1 if n_batch is None else n_batch, least=1)
     batch = () if n_batch is None else (n_batch,)
     shape = (len(params["blocks"]), *batch, n_head, 2, n_positions, n_embd // n_head)
-    return {"n_past": 0, "kv": np.zeros(shape, dtype=params["wpe"].dtype)}
+    check_memory(4 * math.prod(shape), f"a cache of {n_positions:,} positions for n_batch = {n_batch}")
+    return {"n_past": 0, "n_filled": 0, "kv": np.zeros(shape, dtype=params["wpe"].dtype)}
 
 
 def prefill(inputs: Array, params: dict, n_head: int, cache: dict) -> Array:
     """`hidden_states` of the last position only: [..., n_seq] -> [..., n_embd]. A long prompt uses all cores."""
     if np.shape(inputs)[-1:] == (1,):
         return hidden_states(inputs, **params, n_head=n_head, cache=cache)[..., 0, :]
+    check_heads(n_head, params["wpe"].shape[1], cache)
     x, kv_cache = embed(inputs, **params, cache=cache)
     *blocks, last = params["blocks"]
 
@@ -226,7 +250,7 @@ def prefill(inputs: Array, params: dict, n_head: int, cache: dict) -> Array:
 
     x = in_parts(fill, x, kv_cache)[..., -1:, :]
     x = transformer_block(x, **last, n_head=n_head, kv_cache=kv_cache[-1])
-    cache["n_past"] = kv_cache.shape[-2]
+    cache["n_past"] = cache["n_filled"] = kv_cache.shape[-2]
     return layer_norm(x, **params["ln_f"])[..., 0, :]
 
 
@@ -253,13 +277,15 @@ def stream(
     if context.ndim > 2 or (n_samples is not None and context.ndim > 1):
         raise ValueError("generation takes one prompt [n_seq], or without n_samples a batch of them [n_batch, n_seq]")
     cache = new_cache(params, n_head, min(n_ctx, context.shape[-1] + n_tokens_to_generate), *context.shape[:-1])
+    n_bytes = (n_samples or 1) * (cache["kv"].nbytes + 8 * params["wte"].shape[0])
+    check_memory(n_bytes, f"generation with n_samples = {n_samples}")
     rng, new, ended = np.random.default_rng(seed), context, False
     for _ in range(n_tokens_to_generate):
         if cache["n_past"] + new.shape[-1] > n_ctx:
             cache["n_past"] = 0  # forget everything
             new = context = context[..., max(n_ctx // 2, 1) :]
         x = prefill(new, params, n_head, cache)  # [..., n_embd]
-        logits = to_logits(x, **params)[..., :n_vocab]  # -> [..., n_vocab]
+        logits = check_finite(to_logits(x, **params)[..., :n_vocab])  # -> [..., n_vocab]
         if n_samples is not None and context.ndim == 1:  # the prompt was computed once: now go on as a batch
             context, logits = (np.repeat(a[None], n_samples, axis=0) for a in (context, logits))
             cache["kv"] = np.repeat(cache["kv"][:, None], n_samples, axis=1)
@@ -288,6 +314,7 @@ def main(
     prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = "models",
     temperature: float = 0, top_k: int = 0, top_p: float = 1, seed: int | None = None, n_samples: int = 1,
     stop: str | None = None, ignore_eot: bool = False, quantize: str | None = None, offline: bool = False,
+    verify: bool = False,
 ) -> None:  # fmt: skip
     """Continue PROMPT with GPT-2. `-` reads it from standard input; --prompt=TEXT is for one that looks like a flag.
 
@@ -304,6 +331,7 @@ def main(
     --ignore_eot                go on after the model ends its text with <|endoftext|>
     --quantize int8             weights of a quarter of the size: of a large model, three times as fast (needs Numba)
     --offline                   never use the network, as with GPT2_OFFLINE=1 in the environment
+    --verify                    first compare the model's files with the digests that were written with them
     """
     check_options(temperature, top_k, top_p, seed)
     check_count("n_tokens_to_generate", n_tokens_to_generate)
@@ -315,8 +343,8 @@ def main(
 
     if offline:
         os.environ["GPT2_OFFLINE"] = "1"
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir, quantize)
-    inputs = prompt_ids(prompt, encoder)
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir, quantize, verify)
+    inputs = prompt_ids(prompt, encoder, hparams["n_ctx"])
     eot_id = None if ignore_eot else encoder.eot_id
     options = (temperature, top_k, top_p, seed, eot_id, len(encoder.encoder), n_samples)
     steps = stream(inputs, params, hparams["n_head"], n_tokens_to_generate, *options)
@@ -324,6 +352,4 @@ def main(
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run(main)

@@ -3,6 +3,9 @@
 The functions are composed of gpt2.py's own. The command line has a verb for each picture; `show` draws them.
 """
 
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
 import base64
 import math
 from pathlib import Path
@@ -117,8 +120,7 @@ def attribution(trace: dict, params: dict, position: int = -1, token: Array | in
     embedding, ln_f_bias  [...], the embedding of the token and of its position, and the bias of ln_f
 
     Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"): if the scale of
-    ln_f is frozen at its value here, the logit is linear in the residual stream. Raises ValueError for a position or
-    token that does not exist.
+    ln_f is frozen, the logit is linear in the residual stream. ValueError for a position or token that does not exist.
     """
     n_seq, n_vocab = trace["logits"].shape[-2:]
     check_count("position", position, -n_seq, n_seq - 1)
@@ -296,8 +298,6 @@ def write_report(prompt: str, out: str = "report.html", model_size: str = "124M"
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run({
         "next": show_next, "attention": show_attention, "logit_lens": show_logit_lens, "surprisal": show_surprisal,
         "report": write_report,

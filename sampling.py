@@ -4,6 +4,7 @@ A token that is ruled out has the logit -inf, so that one filter can follow anot
 """
 
 import math
+import os
 from numbers import Integral, Real
 
 import numpy as np
@@ -89,6 +90,15 @@ def check_count(name: str, value: int, least: int = 0, most: int | None = None) 
     if not is_whole or value < least or (most is not None and value > most):
         wanted = f", {least} or more" if most is None else f" from {least} to {most}"
         raise ValueError(f"{name} must be a whole number{wanted}, not {value!r}")
+
+
+def check_memory(n_bytes: int, purpose: str) -> None:
+    """Raise ValueError if `purpose` takes more memory than this machine has, where that can be told."""
+    if hasattr(os, "sysconf"):  # not on Windows
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if n_bytes > most:
+            sizes = f"{n_bytes / 1e9:,.1f} GB of memory, and this machine has {most / 1e9:,.1f}"
+            raise ValueError(f"{purpose} takes {sizes}: choose less")
 
 
 def check_options(temperature: float, top_k: int, top_p: float, seed: int | None) -> None:

@@ -1,6 +1,8 @@
 """Train a small GPT-2 on a text, in plain NumPy: from a text file to a model directory that gpt2.py loads."""
 
-import contextlib
+if __name__ == "__main__":
+    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+
 import csv
 import hashlib
 import math
@@ -8,7 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -17,25 +20,27 @@ from numpy import ndarray as Array
 from tqdm import tqdm
 
 import bigram
-from encoder import END_OF_TEXT, Encoder, get_encoder, read_encoder, train_bpe
-from engine.threads import core_threads, n_blas_threads
+from encoder import END_OF_TEXT, Encoder, get_encoder, read_encoder, train_bpe, whole_words
+from engine.threads import core_threads, deferred, n_blas_threads
 from evaluate import text_losses
 from gpt2 import generate
 from optimizer import adamw, clip_gradient, compute_gradient, initialize, learning_rate_at, weight_decay
-from sampling import check_count
+from sampling import check_count, check_memory
 from show.pictures import loss_figure, save_figure
-from show.terminal import read_document
-from store.files import replacing, sweep
-from store.models import RELEASED
+from show.terminal import document_pieces, is_stream, progress
+from store.files import HOLDER, LOCK, digests, locked, replacing, replacing_directory, sweep
+from store.models import MODEL_FILES, RELEASED, TABLES
 from store.params import count_params, flatten, map_params, param_shapes, save_params, tensor_name, view_as
+from store.tables import LARGEST
 from store.tensors import WEIGHTS
 from store.training import SHAPE, VECTORS, Settings, Training, load_state, save_state
-from utils import load_encoder_hparams_and_params, save_model
+from utils import load_encoder_hparams_and_params, write_model
 
 STATE, LOG, PLOT = "training.safetensors", "train.csv", "loss.png"
 COLUMNS = ("step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second")
 CHANGEABLE = ("max_steps", "minutes", "eval_every", "learning_rate")  # in a training that is resumed
 FINE_TUNING_RATE = 1e-4  # the default learning rate for weights that have been trained before
+FINISHING = b"\nfinishing this step, then saving; Ctrl-C again ends at once\n"
 SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 200, 0.8
 
 
@@ -50,30 +55,11 @@ class Corpus:
     tokens_per_char: float  # of the validation text
 
 
-@contextlib.contextmanager
-def deferred_ctrl_c() -> Iterator[list]:
-    """Yield a list that is empty until Ctrl-C is pressed, so that a step can be finished; the second one interrupts."""
-    pressed = []
-
-    def note(number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-        with contextlib.suppress(OSError):  # not print: the signal may have come in the midst of one
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once\n")
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def train(out: Path, corpus: Corpus, training: Training) -> None:
     """Train until the settings say that it is done; the best weights are in `out` then.
 
-    Each step draws its random numbers from the seed and its own number, so that none need be saved. After Ctrl-C the
-    step is finished and saved, and KeyboardInterrupt raised. Raises FloatingPointError if the loss diverges.
+    Each step draws its random numbers from the seed and its own number, so that none need be saved. After Ctrl-C or
+    SIGTERM the step is finished and saved, and KeyboardInterrupt raised. FloatingPointError if the loss diverges.
     """
     settings, vectors = training.settings, training.vectors
     max_steps, max_seconds = settings.max_steps or math.inf, 60 * (settings.minutes or math.inf)
@@ -85,7 +71,7 @@ def train(out: Path, corpus: Corpus, training: Training) -> None:
     speed_since, speed_tokens = time.perf_counter(), 0
     began = speed_since - training.seconds
 
-    with core_threads() as pool, deferred_ctrl_c() as pressed, bar:
+    with core_threads() as pool, deferred((signal.SIGINT, signal.SIGTERM), FINISHING) as received, bar:
         while True:
             step = training.step
             training.seconds = time.perf_counter() - began
@@ -98,9 +84,9 @@ def train(out: Path, corpus: Corpus, training: Training) -> None:
                 speed_since, speed_tokens = time.perf_counter(), 0
             if progress >= 1:
                 return
-            if pressed:
+            if received:
                 save_state(out / STATE, training)
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(received[0])
             seed = (settings.seed, step + 1)  # the initial weights have (seed, 0)
             starts = np.random.default_rng(seed).integers(0, len(corpus.tokens) - settings.n_ctx, settings.batch_size)
             windows = corpus.tokens[starts[:, None] + np.arange(settings.n_ctx + 1)]  # [n_batch, n_ctx + 1]
@@ -126,7 +112,7 @@ def evaluate(
     training.rows.append([training.step, train_loss, loss, learning_rate, speed])  # of the log; None is left empty
     if loss < training.best_loss:
         training.best_step, training.best_loss = training.step, loss
-        save_params(out / WEIGHTS, params)
+        save_params(out / WEIGHTS, params, TABLES)
     with replacing(out / LOG) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *training.rows])
     save_state(out / STATE, training)
@@ -159,7 +145,7 @@ def choose_settings(given: dict, begun: Settings | None = None) -> Settings:
     check_count("seed", settings.seed)
     for name in (*SHAPE, "batch_size", "eval_every", "max_steps"):
         if (value := getattr(settings, name)) is not None:
-            check_count(name, value, least=1)
+            check_count(name, value, least=1, most=LARGEST.get(name))
     for name in ("dropout", "learning_rate", "minutes"):
         value = getattr(settings, name)
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
@@ -171,11 +157,11 @@ def choose_settings(given: dict, begun: Settings | None = None) -> Settings:
     return settings
 
 
-def choose_tokenizer(settings: Settings, text: str) -> Encoder:
-    """The tokenizer of the model that is named in the settings, or one that is learned from `text`."""
-    if settings.init_from and settings.encoder:
+def choose_tokenizer(settings: Settings, text: Iterable[str]) -> Encoder:
+    """The tokenizer of the model that is named in the settings, or one that is learned from the pieces of `text`."""
+    if None not in (settings.init_from, settings.encoder):
         raise ValueError("the model to start from has its own tokenizer: leave out --init_from or --encoder")
-    if source := settings.init_from or settings.encoder:
+    if (source := settings.encoder if settings.init_from is None else settings.init_from) is not None:
         encoder = get_encoder(source)
         # Of what a tokenizer of Hugging Face may have, encoder.json and vocab.bpe cannot hold this.
         odd = [text for text, token in encoder.added_tokens.items() if text != END_OF_TEXT or not token.special]
@@ -185,27 +171,46 @@ def choose_tokenizer(settings: Settings, text: str) -> Encoder:
             names = ", ".join(odd)[:80]
             raise ValueError(f"{source}: its tokenizer has {names}, which a model trained here cannot keep")
         return encoder
-    return Encoder(*train_bpe(text.replace(END_OF_TEXT, "\n"), settings.n_vocab))
+    return Encoder(*train_bpe((piece.replace(END_OF_TEXT, "\n") for piece in whole_words(text)), settings.n_vocab))
 
 
 def read_corpus(file: str, settings: Settings, encoder: Encoder | None = None) -> Corpus:
-    """The text in `file` as tokens, of `encoder` or of the tokenizer that the settings ask for."""
-    document = read_document(file)
-    split = len(document) * 9 // 10
-    encoder = encoder or choose_tokenizer(settings, document[:split])
-    tokens, validation = (
-        np.array(encoder.encode(part, allow_special=True)) for part in (document[:split], document[split:])
-    )
+    """The text in `file` as tokens, of `encoder` or of the tokenizer that the settings ask for.
+
+    The file is read several times, so that its text is never held; only that of a pipe is.
+    """
+    kept = [piece.encode() for piece in document_pieces(file)] if is_stream(file) else None
+
+    def part(start: int, end: int) -> Iterator[str]:
+        """The pieces of the text from one character to another."""
+        for piece in document_pieces(file) if kept is None else map(bytes.decode, kept):
+            yield piece[max(start, 0) : max(end, 0)]
+            start, end = start - len(piece), end - len(piece)
+
+    def tokens(start: int, end: int) -> Array:
+        """The tokens of that part, in as few bytes as hold them."""
+        ids = array("H" if len(encoder.encoder) <= 1 << 16 else "I")
+        for piece in encoder.pieces(progress(part(start, end), "character", lambda: end - start)):
+            ids.extend(encoder.encode(piece, allow_special=True))
+        return np.asarray(ids)
+
+    digest, n_characters = hashlib.sha256(), 0
+    for piece in part(0, sys.maxsize):
+        digest.update(piece.encode())
+        n_characters += len(piece)
+    split = n_characters * 9 // 10
+    encoder = encoder or choose_tokenizer(settings, progress(part(0, split), "character", lambda: split))
+    training, validation = tokens(0, split), tokens(split, n_characters)
     if len(validation) < 2:
         raise ValueError(f"{file} is too short: its last tenth, for validation, must have 2 tokens")
-    tokens_per_char = (len(validation) - 1) / (len(document) - split)
-    return Corpus(hashlib.sha256(document.encode()).hexdigest(), encoder, tokens, validation, tokens_per_char)
+    tokens_per_char = (len(validation) - 1) / (n_characters - split)
+    return Corpus(digest.hexdigest(), encoder, training, validation, tokens_per_char)
 
 
 def begin(settings: Settings, given: dict, corpus: Corpus) -> Training:
     """A new training, whose settings have the shape of the model, `given` on the command line or of another model."""
     params = None
-    if source := settings.init_from:
+    if (source := settings.init_from) is not None:
         _, hparams, params = load_encoder_hparams_and_params(source)
         if odd := {"lm_head"} & params.keys() | {"eps"} & params["ln_f"].keys() | {"n_inner"} & hparams.keys():
             raise ValueError(f"{source} has {' and '.join(sorted(odd))} of its own, which train.py cannot train")
@@ -219,13 +224,64 @@ def begin(settings: Settings, given: dict, corpus: Corpus) -> Training:
             raise ValueError(f"{name} is {hparams[name]} in {source or settings.encoder}: it cannot be {given[name]}")
     if hparams["n_embd"] % hparams["n_head"]:
         raise ValueError(f"n_embd = {hparams['n_embd']} is not a multiple of n_head = {hparams['n_head']}")
-    shapes = param_shapes(hparams)
+    shapes, settings = param_shapes(hparams), replace(settings, **hparams)
+    check_size(settings)
     vectors = {name: np.zeros(count_params(shapes), np.float32) for name in VECTORS}
     if params:
         np.concatenate([array.ravel() for array in flatten(params, tensor_name).values()], out=vectors["weights"])
     else:
         initialize(view_as(shapes, vectors["weights"]), np.random.default_rng(settings.seed))
-    return Training(replace(settings, **hparams), corpus.digest, vectors)
+    return Training(settings, corpus.digest, vectors)
+
+
+def check_size(settings: Settings) -> None:
+    """Raise ValueError unless weights, moments, gradients, windows and a window's activations fit into memory."""
+    n_ctx, n_layer, n_params = settings.n_ctx, settings.n_layer, count_params(param_shapes(settings.hparams))
+    n_threads = min(n_blas_threads(), settings.batch_size)
+    # backprop.py keeps some 25 arrays of a block's width, and two of attention weights; three of logits.
+    block = n_ctx * (25 * settings.n_embd + 2 * settings.n_head * n_ctx)
+    activations = n_layer * block + 3 * n_ctx * settings.n_vocab
+    n_bytes = 4 * (n_params * (4 + n_threads) + n_threads * activations) + 16 * settings.batch_size * (n_ctx + 1)
+    check_memory(n_bytes, f"training with {settings.hparams}, batch_size = {settings.batch_size:,}")
+
+
+def start_training(directory: Path, text: str, given: dict) -> tuple[Corpus, Training]:
+    """Begin a training; the model in `directory` is replaced by one with the initial weights when that is whole."""
+    started, settings = time.perf_counter(), choose_settings(given)
+    check_size(settings)
+    corpus = read_corpus(text, settings)
+    training = begin(settings, given, corpus)
+    check_length(text, corpus, training.settings.n_ctx)
+    hparams = training.settings.hparams
+    sweep(directory)
+    with replacing_directory(directory, (*MODEL_FILES, STATE, LOG, PLOT)) as new:
+        write_model(new, corpus.encoder, hparams, view_as(param_shapes(hparams), training.vectors["weights"]))
+        training.tables = digests(new, TABLES)
+        training.seconds = time.perf_counter() - started
+        save_state(new / STATE, training)
+    return corpus, training
+
+
+def resume_training(directory: Path, text: str, given: dict) -> tuple[Corpus, Training]:
+    """The training in `directory`; ValueError if its files, or the text, are not those that it was begun with."""
+    for file in (WEIGHTS, STATE, LOG):
+        sweep(directory / file)
+    training = load_state(directory / STATE)
+    training.settings = choose_settings(given, training.settings)
+    found = digests(directory, TABLES)
+    if odd := [file for file in TABLES if found.get(file) != training.tables.get(file)]:
+        raise ValueError(f"{directory / odd[0]} is not the one that the training was begun with: restore it")
+    corpus = read_corpus(text, training.settings, read_encoder(directory))
+    if corpus.digest != training.text:
+        raise ValueError(f"the training in {directory} was begun with another text than {text}")
+    check_length(text, corpus, training.settings.n_ctx)
+    return corpus, training
+
+
+def check_length(text: str, corpus: Corpus, n_ctx: int) -> None:
+    if (n_tokens := len(corpus.tokens)) <= n_ctx:
+        needed = f"and a context of n_ctx = {n_ctx} needs {n_ctx + 1}"
+        raise ValueError(f"{text} is too short: it has {n_tokens} tokens to train with, {needed}")
 
 
 def check_out(out: str | None, resume: bool, overwrite: bool) -> Path:
@@ -237,19 +293,24 @@ def check_out(out: str | None, resume: bool, overwrite: bool) -> Path:
     directory = Path(out)
     if directory.name in RELEASED:
         raise ValueError(f"{directory.name} is the name of a released model: choose another for --out")
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{out} is a file, not a directory")
-    if directory.exists() and not (resume or overwrite):
-        or_resume = ", --resume goes on with its training" if (directory / STATE).is_file() else ""
-        raise FileExistsError(f"{out} exists already: --overwrite replaces its model{or_resume}")
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise NotADirectoryError(f"{out} is not a directory")
+    if directory.is_dir() and not resume:
+        if directory.samefile("."):
+            raise ValueError(f"{out} is the current directory: give another one in --out")
+        if not overwrite and set(os.listdir(directory)) - {LOCK, HOLDER}:
+            or_resume = ", --resume goes on with its training" if (directory / STATE).is_file() else ""
+            raise FileExistsError(f"{out} exists already: --overwrite replaces its model{or_resume}")
+    if resume and not (directory / STATE).is_file():
+        raise FileNotFoundError(f"there is nothing to resume: {directory / STATE} is missing")
     return directory
 
 
 def baselines(corpus: Corpus) -> tuple[Callable, dict[str, float]]:
     """The bigram model of a corpus, and the validation losses that a GPT has to beat."""
     n_vocab = len(corpus.encoder.encoder)
-    pairs = bigram.bigram(corpus.tokens.tolist(), n_vocab)
-    return pairs, {"uniform": math.log(n_vocab), "bigram": bigram.loss(pairs, corpus.validation.tolist())}
+    pairs = bigram.bigram(corpus.tokens.data, n_vocab)
+    return pairs, {"uniform": math.log(n_vocab), "bigram": bigram.loss(pairs, corpus.validation.data)}
 
 
 def report(corpus: Corpus, losses: dict[str, float], sample: list[int]) -> None:
@@ -310,7 +371,6 @@ def main(
     --resume                go on where the training into --out has stopped
     --overwrite             replace the model in --out
     """
-    started = time.perf_counter()
     flags = (
         n_vocab, n_ctx, n_embd, n_head, n_layer, dropout, batch_size, learning_rate, max_steps, minutes, eval_every,
         seed, encoder, init_from,
@@ -323,45 +383,23 @@ def main(
     if model != "gpt":
         raise ValueError(f"model must be gpt or bigram, not {model!r}")
     directory = check_out(out, resume, overwrite)
-    for file in (WEIGHTS, STATE):
-        sweep(directory / file)
-    if resume:
-        training = load_state(directory / STATE)
-        training.settings = choose_settings(given, training.settings)
-        corpus = read_corpus(text, training.settings, read_encoder(directory))
-        if corpus.digest != training.text:
-            raise ValueError(f"the training in {out} was begun with another text than {text}")
-    else:
-        settings = choose_settings(given)
-        corpus = read_corpus(text, settings)
-        training = begin(settings, given, corpus)
-    if (n_tokens := len(corpus.tokens)) <= (n_ctx := training.settings.n_ctx):
-        needed = f"and a context of n_ctx = {n_ctx} needs {n_ctx + 1}"
-        raise ValueError(f"{text} is too short: it has {n_tokens} tokens to train with, {needed}")
-    if not resume:
-        for file in (STATE, LOG, PLOT):
-            (directory / file).unlink(missing_ok=True)
-        hparams = training.settings.hparams
-        save_model(directory, corpus.encoder, hparams, view_as(param_shapes(hparams), training.vectors["weights"]))
-        training.seconds = time.perf_counter() - started
-        save_state(directory / STATE, training)
-    begun_at = training.step
-    sizes = f"{n_tokens:,} tokens to train with, {len(corpus.validation):,} to validate with"
-    print(f"{sizes}; {len(training.vectors['weights']):,} parameters; {n_blas_threads()} threads")
-    try:
-        train(directory, corpus, training)
-    except KeyboardInterrupt:
-        best = f"{out} has the best weights so far, of step {training.best_step}"
-        print(f"\nstopped: --resume goes on from step {training.saved_step}; {best}", file=sys.stderr)
-        raise
-    if training.step == begun_at:
-        print("the training was finished before: a larger --max_steps, or --minutes, goes on with it")
-    show_gpt(corpus, training, directory)
+    with locked(directory, wait=False):
+        corpus, training = (resume_training if resume else start_training)(directory.resolve(), text, given)
+        sizes = f"{len(corpus.tokens):,} tokens to train with, {len(corpus.validation):,} to validate with"
+        print(f"{sizes}; {len(training.vectors['weights']):,} parameters; {n_blas_threads()} threads")
+        begun_at = training.step
+        try:
+            train(directory, corpus, training)
+        except KeyboardInterrupt:
+            best = f"{out} has the best weights so far, of step {training.best_step}"
+            print(f"\nstopped: --resume goes on from step {training.saved_step}; {best}", file=sys.stderr)
+            raise
+        if training.step == begun_at:
+            print("the training was finished before: a larger --max_steps, or --minutes, goes on with it")
+        show_gpt(corpus, training, directory)
     where = out if Path(out).name != out else f"./{out}"  # a bare name would be looked for in models first
     print(f"\nto go on from a text of your own: python gpt2.py TEXT --model_size {where}")
 
 
 if __name__ == "__main__":
-    from show.cli import run
-
     run(main)

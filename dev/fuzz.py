@@ -7,6 +7,7 @@ A file is either refused, with a ValueError or OSError of one line that begins w
 works. All else is a finding: another error, a crash, ten seconds or two gigabytes spent on one input.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -16,7 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safetensors.numpy import load_file, save
+import numpy as np
+from safetensors.numpy import load_file, save, save_file
 
 try:
     import atheris
@@ -27,14 +29,27 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 with atheris.instrument_imports(include=["encoder", "store"]):
     from encoder import BYTE_DECODER, read_encoder
     from helpers.models import random_params
+    from store import huggingface
     from store.params import count_params, flatten, map_params, param_shapes, tensor_name
-    from store.tables import read_hparams
+    from store.tables import check_hparams, read_hparams
     from store.tensors import WEIGHTS, map_tensors
+    from store.training import Settings, load_state
 
 HPARAMS = {"n_vocab": 3, "n_ctx": 1, "n_embd": 2, "n_head": 1, "n_layer": 1}
 BYTES = json.dumps({character: i for i, character in enumerate(BYTE_DECODER)})[:-1].encode()  # how encoder.json begins
+ALL_BYTES = b'"BYTES":0'  # in the vocabulary of an input, for all of BYTES
 TEXT = "Hëllo, it's 2 o'clock \U0001f44b\0\r\n\t <|endoftext|>\u2028" + "".join(map(chr, range(256)))
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^\s",:{}\[\]]+|\s|.', re.DOTALL)  # of JSON
+CONFIG = {
+    "model_type": "gpt2", "vocab_size": 3, "n_positions": 1, "n_embd": 2, "n_head": 1, "n_layer": 1, "n_inner": None,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "activation_function": "gelu_new", "tie_word_embeddings": True, "bos_token_id": 258, "eos_token_id": 258,
+}  # fmt: skip
+HUGGINGFACE_FILES = {b"5": "config.json", b"6": "tokenizer.json", b"7": f"{WEIGHTS}.index.json"}
+HUGGINGFACE = {
+    "config.json": json.dumps(CONFIG).encode(), "vocab.json": BYTES + b',"ll":256,"<|endoftext|>":257}',
+    "merges.txt": b"l l\n", "part.safetensors": save(flatten(random_params(HPARAMS), tensor_name)),
+}  # fmt: skip
 ODD = rb"""null true NaN -Infinity 1e400 -1 -0 0.5 0 4 255 4611686018427387904 9223372036854775808 18446744073709551615
 "" "\ud800" "<\ud800>" "\n" "\u001b" "a" "F32" "I8" "n_ctx" "__metadata__" {} [] {"F32":null} ["F32",[6],[0,24]]
 """.split()
@@ -49,7 +64,25 @@ def undamaged() -> list[bytes]:
     weights = save(flatten(random_params(HPARAMS), tensor_name))
     start = 8 + int.from_bytes(weights[:8], "little")
     gpt2 = b"3" + weights[8:start] + b"\0" + weights[start:]
-    return [b"0" + json.dumps(HPARAMS).encode(), tables, b"2" + weights, mixed, gpt2]
+    record = {
+        "text": "0" * 64, "step": 2, "seconds": 1.5, "best_step": 1, "best_loss": 4.5, "saved_step": 2,
+        "tables": {"hparams.json": "0" * 64}, "rows": [[1, None, 4.5, 1e-3, None]], "losses": [4.25],
+        "settings": {**dataclasses.asdict(Settings()), **HPARAMS},
+    }  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    vocabulary = {"BYTES": 0, "ll": 256, "ell": 257, "<|endoftext|>": 258, "<a>": 259}
+    flags = {"special": False, "lstrip": True, "rstrip": False, "single_word": False, "normalized": True}
+    tokenizer = {
+        "added_tokens": [{"id": 258, "content": "<|endoftext|>"}, {"id": 259, "content": "<a>", **flags}],
+        "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]},
+        "model": {"type": "BPE", "dropout": None, "vocab": vocabulary, "merges": ["l l", ["e", "ll"]]},
+    }  # fmt: skip
+    files = dict.fromkeys(flatten(random_params(HPARAMS), tensor_name), "part.safetensors")
+    objects = {b"0": HPARAMS, b"4": record, b"5": CONFIG, b"6": tokenizer, b"7": {"metadata": {}, "weight_map": files}}
+    separators = (",", ":")
+    whole = [kind + json.dumps(value, separators=separators).encode() for kind, value in objects.items()]
+    return [*whole, tables, b"2" + weights, mixed, gpt2]
 
 
 INPUTS = undamaged()
@@ -61,11 +94,15 @@ def check(directory: Path, data: bytes) -> None:
     try:
         if kind == b"0":
             (directory / "hparams.json").write_bytes(text)
-            check_hparams(directory / "hparams.json")
+            check_sizes(read_hparams(directory / "hparams.json"))
         elif kind == b"1":
             (directory / "encoder.json").write_bytes(BYTES + text)
             (directory / "vocab.bpe").write_bytes(rest)
             check_tables(directory)
+        elif kind == b"4":
+            check_state(directory / "state", text.decode("utf-8", "replace"))
+        elif kind in (b"5", b"6", b"7"):
+            check_huggingface(directory / "huggingface", HUGGINGFACE_FILES[kind], text)
         else:  # with 2, the length of the header is part of what is damaged
             whole = data[1:] if kind == b"2" else len(text).to_bytes(8, "little") + text + rest
             (directory / WEIGHTS).write_bytes(whole)
@@ -75,8 +112,7 @@ def check(directory: Path, data: bytes) -> None:
             raise
 
 
-def check_hparams(path: Path) -> None:
-    hparams = read_hparams(path)
+def check_sizes(hparams: dict) -> None:
     hparams["n_layer"] = min(hparams["n_layer"], 100)  # the 10,000 that are allowed take half a second
     assert 0 < count_params(param_shapes(hparams)) < 2**63
 
@@ -85,9 +121,41 @@ def check_tables(directory: Path) -> None:
     tokenizer = read_encoder(directory)
     assert all(len(pair) == 2 for pair in tokenizer.bpe_ranks)
     text = TEXT + tokenizer.decode(range(len(tokenizer.encoder)))
+    loses_space = any(token.lstrip or token.rstrip for token in tokenizer.added_tokens.values())
     for allow_special in (False, True):
         ids = tokenizer.encode(text, allow_special)
-        assert tokenizer.decode(ids) == "".join(tokenizer.decode_stream(ids)) == text
+        decoded = tokenizer.decode(ids)
+        assert decoded == "".join(tokenizer.decode_stream(ids))
+        assert decoded == text or loses_space
+
+
+def check_state(path: Path, record: str) -> None:
+    """A training with this record is refused, or each number in it has its type."""
+    vectors = {name: np.zeros(count_params(param_shapes(HPARAMS)), np.float32) for name in ("weights", "m", "v")}
+    save_file(vectors, path, {"record": record})
+    training = load_state(path)
+    check_hparams(path, training.settings.hparams)
+    assert training.vectors["m"].size == count_params(param_shapes(training.settings.hparams))
+    assert training.step >= training.best_step >= 0
+    assert all(len(row) == 5 for row in training.rows)
+    assert json.loads(json.dumps(dataclasses.asdict(training.settings)))
+
+
+def check_huggingface(directory: Path, damaged: str, text: bytes) -> None:
+    """Of a directory in Hugging Face's layout, one file is the input."""
+    directory.mkdir(exist_ok=True)
+    for file, content in HUGGINGFACE.items():
+        (directory / file).write_bytes(content)
+    (directory / damaged).write_bytes(text.replace(ALL_BYTES, BYTES[1:]))
+    try:
+        hparams = huggingface.load_hparams(directory)
+        check_sizes(dict(hparams))
+        check_tables(directory)
+        if hparams == {**HPARAMS, "n_vocab": hparams["n_vocab"]}:
+            params = huggingface.load_params(directory, hparams)
+            assert flatten(params, tensor_name).keys() >= flatten(random_params(HPARAMS), tensor_name).keys()
+    finally:
+        (directory / damaged).unlink()
 
 
 def check_weights(path: Path) -> None:

@@ -5,8 +5,12 @@ Each weight matrix becomes int8 with a float32 scale for each output, behind an 
 """
 
 import contextlib
+import functools
 import hashlib
+import math
 import os
+import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -22,12 +26,13 @@ try:
 except ImportError as error:
     raise ImportError(f"int8 needs Numba: pip install -r requirements-fast.txt ({error})") from error
 
+from engine.threads import deferred
+from store import checkpoint
 from store.files import homes_of, locked, sweep
-from store.models import weight_files
-from store.params import map_leaves, tensor_name, tensors_of
-from store.tensors import map_tensors, save_tensors
+from store.models import INT8_WEIGHTS, RELEASED, load_params, weight_files
+from store.params import count_params, flatten, map_leaves, param_shapes, tensor_name
+from store.tensors import Lazy, map_tensors, save_tensors, write_tensors
 
-INT8_WEIGHTS = "model.int8.safetensors"
 MOST_ROWS = 48  # for x with more rows, it is faster to widen w to float32 and let BLAS multiply
 BLOCK = 768  # rows of w that are widened at a time
 ANY_ORDER = {"reassoc", "contract"}  # lets the compiler add up the terms of a sum in any order, to vectorize it
@@ -76,6 +81,16 @@ def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
 
 
 one_caller = threading.Lock()  # of `multiply`: not all of Numba's thread pools can serve two
+callers: set[int] = set()  # the process that has started Numba's threads
+
+
+def multiply_once(x: Array, rows: Array, scale: Array, y: Array) -> None:
+    """`multiply`, for one thread at a time; Ctrl-C during its compilation, where Numba would lose it, waits."""
+    with one_caller, deferred([] if getattr(multiply, "signatures", True) else [signal.SIGINT]) as received:
+        callers.add(os.getpid())
+        multiply(x, rows, scale, y)
+    if received:
+        raise KeyboardInterrupt
 
 
 class Int8:
@@ -113,9 +128,9 @@ class Int8:
             raise ValueError(f"x has {x.shape[-1]} columns, and w {self.shape[0]} rows: they cannot be multiplied")
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
         y = np.empty((len(rows), self.shape[1]), np.float32)
-        if len(rows) <= MOST_ROWS:
-            with one_caller:
-                multiply(rows, self.rows, self.scale, y)
+        # GNU's OpenMP, with which Numba's threads work, would end a process that was forked from one with such threads.
+        if len(rows) <= MOST_ROWS and callers <= {os.getpid()}:
+            multiply_once(rows, self.rows, self.scale, y)
         else:
             for start in range(0, self.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
@@ -138,38 +153,61 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     return quantized, scale
 
 
+def is_quantized(path: tuple) -> bool:
+    """Whether the parameter of this path is a matrix or a table."""
+    return path in TABLES or path[-1] == "w"
+
+
+def rows_of(path: tuple, leaf: Array | Lazy) -> Array:
+    """The rows that have a scale each: of a table its own, of another matrix its columns."""
+    return np.asarray(leaf) if path in TABLES else np.asarray(leaf).T
+
+
 def quantize(params: dict) -> dict:
     """`params` with int8 in the place of each weight matrix and of the tables."""
 
-    def convert(path: tuple, array: Array) -> Array | Int8:
-        if path in TABLES:
-            return Int8(*quantize_rows(array))
-        return Int8(*quantize_rows(array.T), transposed=True) if path[-1] == "w" else array
+    def convert(path: tuple, leaf: Array | Lazy) -> Array | Int8:
+        return Int8(*quantize_rows(rows_of(path, leaf)), path not in TABLES) if is_quantized(path) else leaf
 
     return map_leaves(convert, params)
 
 
-def to_tensors(params: dict) -> dict[str, Array]:
-    """The tensors of `model.int8.safetensors`: of a matrix its rows, by Hugging Face's name, and its `.scale`."""
+def to_tensors(params: dict) -> dict[str, Array | Lazy]:
+    """The tensors of `model.int8.safetensors`: of a matrix its rows, by Hugging Face's name, and its `.scale`.
+
+    They are made from `params` one matrix at a time, when they are written in this order.
+    """
+    leaves = flatten(params, tuple)
+
+    @functools.lru_cache(maxsize=1)
+    def quantized(path: tuple) -> tuple[Array, Array]:
+        return quantize_rows(rows_of(path, leaves[path]))
+
     tensors = {}
-    for name, leaf in tensors_of(params).items():
-        tensors |= {name: leaf.rows, f"{name}.scale": leaf.scale} if isinstance(leaf, Int8) else {name: leaf}
+    for path, leaf in leaves.items():
+        name = tensor_name(path)
+        if is_quantized(path):
+            shape = leaf.shape if path in TABLES else leaf.shape[::-1]
+            tensors[name] = Lazy(shape, lambda path=path: quantized(path)[0], dtype=np.dtype(np.int8))
+            tensors[f"{name}.scale"] = Lazy(shape[:1], lambda path=path: quantized(path)[1])
+        elif not isinstance(leaf, float):
+            tensors[name] = leaf
     return tensors
 
 
 def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
     """`quantize(params)` from its tensors; KeyError or ValueError if they are not what it would have."""
 
-    def find(path: tuple, array: Array) -> Array | Int8:
-        if isinstance(array, float):
-            return array  # an eps
+    def find(path: tuple, leaf: Array | Lazy | float) -> Array | Int8 | float:
+        if isinstance(leaf, float):
+            return leaf  # an eps
         name = tensor_name(path)
         found = tensors[name]
-        if path in TABLES or path[-1] == "w":
+        if is_quantized(path):
             found = Int8(found, tensors[f"{name}.scale"], transposed=path not in TABLES)
             if (found.rows.dtype, found.scale.dtype, found.scale.shape) != (np.int8, np.float32, found.rows.shape[:1]):
                 raise ValueError(f"{name} is not int8 with a scale for each row")
-        if (found.shape, found.dtype) != (array.shape, array.dtype):
+        if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} has another shape or type")
         return found
 
@@ -177,10 +215,16 @@ def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
 
 
 def fingerprint(paths: list[Path], params: dict) -> str:
-    """What tells these weights from others without reading them: size and time of their files, and some norms."""
+    """What tells these weights from others without reading them: size and time of their files, and a sample.
+
+    The sample has some numbers from the beginning, the middle and the end of every tensor. Weights that differ in other
+    places only, in files of the same size and time, are not told apart.
+    """
     digest = hashlib.sha256(" ".join(f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths).encode())
-    for norm in (params["blocks"][0]["ln_1"], params["ln_f"]):
-        digest.update(norm["g"].tobytes() + norm["b"].tobytes())
+    for leaf in flatten(params, tuple).values():
+        array = np.asarray(leaf if getattr(leaf, "source", None) is None else leaf.source).reshape(-1)
+        for part in (array[:16], array[array.size // 2 :][:16], array[-16:]):
+            digest.update(part.tobytes())
     return digest.hexdigest()
 
 
@@ -189,27 +233,63 @@ def map_quantized(directory: Path, params: dict) -> dict:
 
     It is in the model's directory, else in the user's cache; if neither can be written, the weights stay in memory.
     """
-    homes, source = homes_of(directory), {"source": fingerprint(weight_files(directory), params)}
+    homes, files = homes_of(directory), weight_files(directory)
+    source = {"source": fingerprint(files, params)}
 
     def find() -> dict | None:
         for path in (home / INT8_WEIGHTS for home in homes):
             with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged or unreadable file is made anew
                 tensors, metadata = map_tensors(path)
-                if metadata == source:
+                if source.items() <= metadata.items():
                     return from_tensors(params, tensors)
         return None
 
     if found := find():
         return found
-    quantized = None
     try:
         with locked(homes[-1]):
-            if found := find():  # by now: another process has made it
-                return found
-            quantized, path = quantize(params), homes[-1] / INT8_WEIGHTS
-            sweep(path)
-            save_tensors(path, to_tensors(quantized), source)
+            if not (found := find()):  # by now another process may have made it
+                path = homes[-1] / INT8_WEIGHTS
+                sweep(path)
+                made_of = map_tensors(files[-1])[1] if files[-1].suffix == ".safetensors" else {}
+                save_tensors(path, to_tensors(params), made_of | source)
     except OSError as error:
         print(f"{error}: int8 weights are made at every start", file=sys.stderr)
-        return quantized or quantize(params)
-    return find() or quantized
+    return found or find() or quantize(params)
+
+
+def load_quantized(name: str, directory: Path, hparams: dict[str, int]) -> dict:
+    """`store.models.load_params` with int8 weights.
+
+    A checkpoint that was not converted becomes int8 without float32 weights if the disk has no room for both. Raises
+    what `load_params` does.
+    """
+    shapes = param_shapes(hparams)
+    if weight_files(directory):
+        return map_quantized(directory, load_params(name, directory, hparams))
+    params = map_leaves(lambda path, shape: Lazy(shape, lambda: None), shapes)
+    n_bytes = 4 * count_params(shapes)
+    n_quantized = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in to_tensors(params).values())
+    data, home = directory / checkpoint.CHECKPOINT_DATA, homes_of(directory)[-1]
+    n_missing = n_bytes - (data.stat().st_size if data.is_file() else 0)
+    is_there = any(checkpoint.is_current(home / INT8_WEIGHTS, directory) for home in homes_of(directory))
+    if not is_there and shutil.disk_usage(home).free >= n_missing + n_bytes + n_quantized:
+        return map_quantized(directory, load_params(name, directory, hparams))
+    if not is_there:
+        print(f"{directory}: only int8 weights are made, as the disk has no room for float32 ones", file=sys.stderr)
+    conversion = checkpoint.Conversion(INT8_WEIGHTS, n_quantized, "engine.int8")
+    path = checkpoint.find_weights(directory, n_bytes, name in RELEASED, conversion)
+    try:
+        return from_tensors(params, map_tensors(path)[0])
+    except KeyError as error:
+        raise ValueError(f"{path} does not fit hparams.json: {error} is missing; get both again") from error
+
+
+def convert(target: Path) -> None:
+    """Write the checkpoint in the current directory as int8 weights to `target`: the work of a process of its own."""
+    params, metadata = checkpoint.read_checkpoint()
+    write_tensors(target, to_tensors(params), metadata)
+
+
+if __name__ == "__main__":
+    checkpoint.child(convert)

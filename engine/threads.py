@@ -8,9 +8,10 @@ import contextlib
 import functools
 import itertools
 import os
-import sys
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Executor, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -46,22 +47,48 @@ def core_threads() -> Iterator[Executor]:
             pool.shutdown(cancel_futures=True)
 
 
-def on_all_cores(function: Callable, items: Sequence, progress: bool = False, pool: Executor | None = None) -> list:
-    """function(item) for each of `items`, in `pool` or in new `core_threads`; with `progress`, a bar on a terminal."""
-    if pool is None:
-        with core_threads() as pool:
-            return on_all_cores(function, items, progress, pool)
+def on_all_cores(function: Callable, items: Iterable, pool: Executor | None = None) -> Iterator:
+    """Yield function(item) for each of `items`, in order, computed in `pool` or in new `core_threads`.
+
+    No more items are taken than keep all threads at work.
+    """
 
     def quiet(item: object) -> object:
         with np.errstate(all="ignore"):  # of this thread: whoever takes the results checks that they are finite
             return function(item)
 
-    results = pool.map(quiet, items)
-    if progress and sys.stderr and sys.stderr.isatty():
-        from tqdm import tqdm  # imported late: most runs show no bar
+    with contextlib.nullcontext(pool) if pool else core_threads() as pool:
+        begun = (pool.submit(quiet, item) for item in items)
+        waiting = deque(itertools.islice(begun, 2 * n_blas_threads()))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(itertools.islice(begun, 1))
 
-        results = tqdm(results, total=len(items), leave=False)
-    return list(results)
+
+@contextlib.contextmanager
+def deferred(numbers: Sequence[int], notice: bytes = b"") -> Iterator[list[int]]:
+    """Yield a list that is empty until one of these signals comes, so that a piece of work can be finished.
+
+    The first one is answered with the `notice`, the second one raises KeyboardInterrupt. Signals that are ignored stay
+    ignored; in other threads than the main one, to which no signal comes, nothing is changed.
+    """
+    received = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt(number)
+        received.append(number)
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the midst of one
+            os.write(2, notice)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in numbers if is_main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class SharedCache:

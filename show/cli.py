@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import inspect
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -16,6 +17,8 @@ from inspect import Parameter
 from typing import NoReturn
 
 import fire
+
+from show.terminal import visible
 
 HELP = ("-h", "--help")
 SHARED_HELP = {  # of flags that most scripts have
@@ -46,15 +49,21 @@ def usage(main: Callable) -> str:
 
 def help_text(main: Callable) -> str:
     """The usage and the docstring of `main`, with the SHARED_HELP that it leaves out."""
-    text = inspect.getdoc(main)
+    text = inspect.getdoc(main) or ""  # python -OO has none
     for flag, line in SHARED_HELP.items():
         if flag in usage(main) and f"{flag} " not in text:
             text += ("\n" if "\n--" in text else "\n\n") + f"{flag} {line}"
     return f"{textwrap.fill(usage(main), 100)}\n\n{text}"
 
 
+def shortened(text: str) -> str:
+    """`text` with … in the middle of words that nobody could read, and of all of it if that is too long."""
+    text = re.sub(r"(\S{100})\S{100,}(\S{40})", r"\1…\2", text)
+    return text if len(text) <= 2000 else f"{text[:1500]} … {text[-400:]}"
+
+
 def refuse(main: Callable, problem: str) -> NoReturn:
-    sys.exit(f"{script()}: {problem}\n{usage(main)}")
+    sys.exit(f"{script()}: {shortened(problem)}\n{usage(main)}")
 
 
 def nearest(text: str, flags: Iterable[str]) -> str:
@@ -117,7 +126,8 @@ def choose(verbs: dict[str, Callable]) -> Callable:
     overview, verb = "usage, each with its own --help:", (sys.argv[1:] or [""])[0]
     for name, main in verbs.items():
         name = name or next(iter(parameters(main)))[2:].upper()
-        overview += f"\n    python {script()} {name:<12}{inspect.getdoc(main).splitlines()[0]}"
+        does, *_ = (inspect.getdoc(main) or " ").splitlines()
+        overview += f"\n    python {script()} {name:<12}{does}"
     near = difflib.get_close_matches(verb, filter(None, verbs))
     if verb in HELP:
         print(overview, end="\n\n" if "" in verbs else "\n", flush=True)
@@ -128,7 +138,8 @@ def choose(verbs: dict[str, Callable]) -> Callable:
         return verbs[verb]
     elif "" not in verbs or (near and not os.path.exists(verb)):
         hint = f"did you mean {near[0]}?" if near else f"the first argument is one of {', '.join(verbs)}"
-        sys.exit(f"{script()}: {f'there is no {verb!r}' if verb else 'what to do is missing'}: {hint}\n{overview}")
+        problem = shortened(f"there is no {verb!r}" if verb else "what to do is missing")
+        sys.exit(f"{script()}: {problem}: {hint}\n{overview}")
     return verbs[""]
 
 
@@ -160,18 +171,18 @@ def finish(status: int | str, last: str = "") -> NoReturn:
 
 def run(main: Callable | dict[str, Callable]) -> None:
     """Call `main`, or the function that the first argument names, and end the process: status 0, 1 or 130 (Ctrl-C)."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as gpt2.py has it during its imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed before the start)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it is during the imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         call(choose(main) if isinstance(main, dict) else main)
         print(end="", flush=True)  # what a closed pipe or a full disk has to say, it says here
-    except KeyboardInterrupt:
-        finish(130, "\n")
+    except KeyboardInterrupt as error:
+        finish(128 + (error.args or (signal.SIGINT,))[0], "\n")  # or another signal that is treated as Ctrl-C
     except BrokenPipeError:  # the reader of the pipe has seen enough
         finish(141)
     except (ValueError, OSError, ImportError, MemoryError, ArithmeticError) as error:
-        finish(f"{script()}: {str(error) or 'not enough memory'}")
+        finish(f"{script()}: {shortened(visible(' '.join(str(error).split()))) or 'not enough memory'}")

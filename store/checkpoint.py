@@ -1,7 +1,8 @@
 """The released models: download what a directory lacks, and convert its checkpoint to `model.safetensors`.
 
 A checkpoint is TensorFlow's: `model.ckpt.data-00000-of-00001` has the tensors, `model.ckpt.index` their names, places
-and checksums. It is converted in a process of its own: python -m store.checkpoint DIRECTORY TARGET.
+and checksums. It is converted, one tensor after another, in a process of its own: python -m store.checkpoint DIRECTORY
+TARGET, or to int8 weights python -m engine.int8 DIRECTORY TARGET.
 """
 
 import importlib.util
@@ -9,15 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from store.files import digest, homes_of, locked, replacing, sweep
-from store.params import check_tensors, checkpoint_name, flatten, param_shapes, tensor_name
+from store.files import MOST_BYTES, digest, digests, homes_of, locked, replacing, sweep
+from store.params import check_tensors, checkpoint_name, flatten, map_leaves, param_shapes, tensors_of
 from store.tables import read_hparams, read_merges, read_vocabulary
-from store.tensors import WEIGHTS, map_tensors, write_tensors
+from store.tensors import WEIGHTS, Lazy, map_tensors, write_tensors
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
 CHECKPOINT_INDEX, CHECKPOINT_DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
@@ -31,12 +34,23 @@ BUNDLED = 'The bundled model needs no network: python gpt2.py "ROMEO:" --model_s
 DAMAGED = 3  # the exit status of a conversion that found checksums wrong
 
 
+class Conversion(NamedTuple):
+    """What a checkpoint is converted to: the name and length of the file, and the module whose process makes it."""
+
+    file: str
+    n_bytes: int
+    module: str = "store.checkpoint"
+
+
 class DamagedCheckpointError(ValueError):
     """The bytes of a checkpoint are not those that were written: downloading it again may help."""
 
 
-def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None) -> None:
-    """Download those of `files` that a released model's directory lacks, and weights of a wrong length; or OSError."""
+def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None, n_made: int = 0) -> None:
+    """Download those of `files` that a released model's directory lacks, and weights of a wrong length; or OSError.
+
+    `n_made` is the length of what will be made of the weights, which must have room, too.
+    """
 
     def is_missing(file: str) -> bool:
         path = directory / file
@@ -50,20 +64,22 @@ def fetch(directory: Path, files: Sequence[str], n_data_bytes: int | None = None
     if missing:
         with locked(directory):
             for file in filter(is_missing, files):  # by now another process may have fetched them
-                fetch_file(directory, file, n_data_bytes)
+                fetch_file(directory, file, n_data_bytes, n_made)
 
 
-def fetch_file(directory: Path, file: str, n_data_bytes: int | None) -> None:
+def fetch_file(directory: Path, file: str, n_data_bytes: int | None, n_made: int) -> None:
     """Download one file of a released model, for the process that has the lock."""
     from store.download import download, part_of, size  # imported late: it takes 0.1 s, and most runs have every file
 
     path = directory / file
     n_bytes = n_data_bytes if file == CHECKPOINT_DATA else None
     if n_bytes:
-        check_space(directory, 2 * n_bytes - size(part_of(path)), "the weights and their conversion")
+        check_space(directory, n_bytes + n_made - size(part_of(path)), "the weights and their conversion")
         print(f"{directory}: downloading {n_bytes / 1e6:,.0f} MB of weights ...", file=sys.stderr)
     try:
-        download(f"{base_url()}/{directory.name}/{file}", path, n_bytes, lambda part: check_file(file, part))
+        download(
+            f"{base_url()}/{directory.name}/{file}", path, n_bytes, lambda part: check_file(file, part), MOST_BYTES
+        )
     except OSError as error:
         hint = f" The length follows from {directory / 'hparams.json'}: if that is damaged, delete it."
         raise OSError(f"{error}.{hint if 'are expected' in str(error) else ''} {BUNDLED}") from error
@@ -97,39 +113,42 @@ def check_space(directory: Path, n_bytes: int, purpose: str) -> None:
         raise OSError(f"{directory}: {purpose} need {n_bytes:,} bytes, and this disk has {free:,} free; {advice}")
 
 
-def find_weights(directory: Path, n_bytes: int, released: bool) -> Path:
-    """The path of `model.safetensors`, made if it is not there or was made of another checkpoint than `directory` has.
+def find_weights(directory: Path, n_bytes: int, released: bool, conversion: Conversion | None = None) -> Path:
+    """The path of the converted checkpoint, made if it is not there or was made of another one than `directory` has.
 
     A released model's checkpoint, of `n_bytes`, is downloaded. If `directory` cannot be written, the file goes to the
     user's cache. Raises ValueError for a damaged checkpoint, OSError, ImportError without TensorFlow.
     """
-    weights = directory / WEIGHTS
-    if is_current(weights, directory):
-        return weights
-    weights = homes_of(directory)[-1] / WEIGHTS
-    if is_current(weights, directory):
-        return weights
+    conversion = conversion or Conversion(WEIGHTS, n_bytes)
+    for home in homes_of(directory):
+        weights = home / conversion.file
+        if is_current(weights, directory):
+            return weights
     if not released:
         check_checkpoint(directory, n_bytes)
-    if importlib.util.find_spec("tensorflow") is None:
-        install = f"pip install tensorflow, or copy {WEIGHTS} from where it was converted"
-        raise ImportError(f"TensorFlow is needed once, to convert the checkpoint in {directory}: {install}")
+    check_tensorflow(directory)
     if released:
-        fetch(directory, CHECKPOINT_FILES, n_bytes)
+        fetch(directory, CHECKPOINT_FILES, n_bytes, conversion.n_bytes)
     with locked(weights.parent):
         if is_current(weights, directory):  # by now another process may have made it
             return weights
         try:
-            convert_checkpoint(directory, weights, n_bytes)
+            convert_checkpoint(directory, weights, n_bytes, conversion)
         except DamagedCheckpointError as error:
             if not released or is_offline() or weights.parent != directory:
                 raise
             print(f"{error}: they are removed, and downloaded once more", file=sys.stderr)
             for file in (CHECKPOINT_INDEX, CHECKPOINT_DATA):
                 (directory / file).unlink()
-                fetch_file(directory, file, n_bytes)
-            convert_checkpoint(directory, weights, n_bytes)
+                fetch_file(directory, file, n_bytes, conversion.n_bytes)
+            convert_checkpoint(directory, weights, n_bytes, conversion)
     return weights
+
+
+def check_tensorflow(directory: Path) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        install = f"pip install tensorflow, or copy {WEIGHTS} from where it was converted"
+        raise ImportError(f"TensorFlow is needed once, to convert the checkpoint in {directory}: {install}")
 
 
 def is_current(weights: Path, directory: Path) -> bool:
@@ -150,7 +169,7 @@ def is_current(weights: Path, directory: Path) -> bool:
 
 def identify(index: Path) -> str:
     """What tells one checkpoint from another: the index has the checksums of all tensors."""
-    return digest(index, "sha256").hex()
+    return digest(index, most=MOST_BYTES).hex()
 
 
 def check_checkpoint(directory: Path, n_bytes: int) -> None:
@@ -166,56 +185,80 @@ def check_checkpoint(directory: Path, n_bytes: int) -> None:
         raise ValueError(f"{data} is damaged, or of another model: it has {sizes}; get it again")
 
 
-def convert_checkpoint(directory: Path, weights: Path, n_bytes: int) -> None:
+def convert_checkpoint(directory: Path, weights: Path, n_bytes: int, conversion: Conversion) -> None:
     """Write the checkpoint in `directory` to `weights`, with a note of which one it was."""
     check_checkpoint(directory, n_bytes)
     if weights.is_dir():
         raise IsADirectoryError(f"{weights} is a directory, where a file belongs: remove it")
     sweep(weights)
-    check_space(weights.parent, n_bytes, f"the weights, converted to {WEIGHTS},")
+    check_space(weights.parent, conversion.n_bytes, f"the weights, converted to {conversion.file},")
     print(f"{directory}: converting the checkpoint to {weights} ...", file=sys.stderr)
     with replacing(weights) as temporary:
-        command = [sys.executable, "-m", "store.checkpoint", *map(os.path.abspath, (directory, temporary))]
-        options = {"capture_output": True, "text": True, "errors": "replace", "stdin": subprocess.DEVNULL}
-        child = subprocess.run(command, **options, cwd=Path(__file__).parents[1])
-        if child.returncode:
-            reason = child.stdout.strip() or f"status {child.returncode}, {child.stderr.strip()[-200:]}"
-            kind = DamagedCheckpointError if child.returncode == DAMAGED else ValueError
-            raise kind(f"{directory}: the checkpoint could not be converted: {reason}")
+        run_child(conversion.module, directory, temporary, "converted")
     freed = sum(path.stat().st_size for path in map(directory.joinpath, CHECKPOINT_FILES) if path.is_file())
     print(f"{directory}: done; deleting checkpoint, model.ckpt.* would free {freed / 1e6:,.0f} MB", file=sys.stderr)
 
 
-def convert(directory: str, target: str) -> None:
-    """Check the checkpoint in `directory` and write it to `target`: the work of the process of its own."""
-    from tensorflow.compat.v1.train import NewCheckpointReader
+def run_child(module: str, directory: Path, file: Path, purpose: str) -> None:
+    """Run `module`, which calls `child`, in a process that ends when this one does; ValueError if it fails."""
+    command = [sys.executable, "-m", module, *map(os.path.abspath, (directory, file))]
+    ours, theirs = (os.fdopen(fd, mode) for fd, mode in zip(reversed(os.pipe()), ("wb", "rb"), strict=True))
+    with ours, theirs:  # the child waits for the end of its standard input, which comes with that of this process
+        options = {"capture_output": True, "text": True, "errors": "replace", "stdin": theirs}
+        done = subprocess.run(command, **options, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        reason = done.stdout.strip() or f"status {done.returncode}, {done.stderr.strip()[-200:]}"
+        kind = DamagedCheckpointError if done.returncode == DAMAGED else ValueError
+        raise kind(f"{directory}: the checkpoint could not be {purpose}: {reason}")
 
+
+def child(work: Callable[[Path, Path], None]) -> None:
+    """Do the `work` of a process of `run_child`, with the paths in its arguments; it prints why it fails."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    directory, file = map(Path, sys.argv[1:])
     os.chdir(directory)  # TensorFlow would take [ and * in a path for a pattern
-    index = Path(CHECKPOINT_INDEX)
-    source = identify(index)
-    reader = NewCheckpointReader(index.stem)
-    shapes = param_shapes(read_hparams(Path("hparams.json")))
-    found = reader.get_variable_to_shape_map()
-    # There c_attn, c_fc and c_proj are convolutions of width 1: [1, n_in, n_out].
-    squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
-    check_tensors(index, squeezed, flatten(shapes, checkpoint_name), "hparams.json")
-    tensors = {}
-    for path, shape in flatten(shapes, tuple).items():  # by their paths
-        name = checkpoint_name(path)
-        tensor = reader.get_tensor(name)  # TensorFlow compares its checksum
-        if tensor.dtype != np.float32:
-            raise ValueError(f"{name} has the type {tensor.dtype}, not float32")
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{name} holds numbers that are infinite or NaN")
-        tensors[tensor_name(path)] = tensor.reshape(shape)
-    write_tensors(Path(target), tensors, {"format": "pt", CHECKPOINT_INDEX: source})
-
-
-if __name__ == "__main__":
     try:
-        convert(*sys.argv[1:])
+        work(file)
     except Exception as error:  # TensorFlow has many kinds
         is_damaged = type(error).__name__ in ("OpError", "DataLossError")  # from TensorFlow's reader
         hint = f"; {CHECKPOINT_INDEX} or {CHECKPOINT_DATA} is damaged: get both again" if is_damaged else ""
         print(" ".join(str(error).split()) + hint)  # not to standard error, where TensorFlow's log is
         sys.exit(DAMAGED if is_damaged else 1)
+
+
+def read_checkpoint() -> tuple[dict, dict[str, str]]:
+    """The parameters, each `Lazy`, of the checkpoint in the current directory; the metadata of what is made of it."""
+    from tensorflow.compat.v1.train import NewCheckpointReader
+
+    index = Path(CHECKPOINT_INDEX)
+    metadata = {"format": "pt", **digests(Path(), (CHECKPOINT_INDEX, *READERS))}
+    reader = NewCheckpointReader(index.stem)
+    shapes = param_shapes(read_hparams(Path("hparams.json")))
+    found, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+    # There c_attn, c_fc and c_proj are convolutions of width 1: [1, n_in, n_out].
+    squeezed = {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in found.items()}
+    check_tensors(index, squeezed, flatten(shapes, checkpoint_name), "hparams.json")
+
+    def read(name: str, shape: tuple) -> np.ndarray:
+        tensor = reader.get_tensor(name)  # TensorFlow compares its checksum
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{name} holds numbers that are infinite or NaN")
+        return tensor.reshape(shape)
+
+    def find(path: tuple, shape: tuple) -> Lazy:
+        name = checkpoint_name(path)
+        if types[name].as_numpy_dtype != np.float32:
+            raise ValueError(f"{name} has the type {types[name].name}, not float32")
+        return Lazy(shape, lambda: read(name, shape))
+
+    return map_leaves(find, shapes), metadata
+
+
+def convert(target: Path) -> None:
+    """Write the checkpoint in the current directory to `target`: the work of a process of its own."""
+    params, metadata = read_checkpoint()
+    write_tensors(target, tensors_of(params), metadata)
+
+
+if __name__ == "__main__":
+    child(convert)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import requests
-from requests.exceptions import ChunkedEncodingError, ConnectionError, Timeout
+from requests.exceptions import ConnectionError, Timeout
 from tqdm import tqdm
-from urllib3.exceptions import InvalidHeader, ProtocolError
+from urllib3.exceptions import DecodeError, HTTPError, InvalidHeader, ProtocolError, ReadTimeoutError, SSLError
 from urllib3.util import Retry
 
-from store.files import digest, publish
+from store.files import digest, no_follow, open_regular, publish, write_text
 
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 CHUNK = 1 << 16
@@ -28,30 +28,35 @@ RETRY = Retry(5, backoff_factor=0.5, backoff_jitter=1, status_forcelist=range(50
 LONGEST_WAIT = 120  # seconds
 VALIDATORS = ("ETag", "Last-Modified")
 REMEMBERED = (*VALIDATORS, "Content-Length", "Content-MD5")
+HOOKS = {"response": lambda r, **_: r.close() if r.is_redirect else None}  # requests would read it, however long it is
 
 
 class WrongFileError(Exception):
     """The file is complete, but not the one that was asked for."""
 
 
-def download(url: str, path: Path, n_bytes: int | None = None, check: Callable[[Path], None] = lambda _: None) -> None:
+def download(
+    url: str, path: Path, n_bytes: int | None = None, check: Callable[[Path], None] = lambda _: None, most: int = 2**27
+) -> None:
     """Download `url` to `path`, with a bar on standard error if that is a terminal.
 
-    The file must have the length and MD5 that the server announced, and `n_bytes` if given; `check`, called with the
-    path of the complete file, must not raise ValueError. Otherwise it is removed and downloaded once more. Raises
-    OSError, with the URL and what is kept, for whatever goes wrong; an older file at `path` then stays as it was.
+    The file must have the length and MD5 that the server announced, `n_bytes` if given, and else at most `most` bytes;
+    `check`, called with the path of the complete file, must not raise ValueError. Otherwise it is removed and, unless
+    it does not end, downloaded once more. OSError says the URL and what is kept; an older file at `path` then stays.
     """
     part = part_of(path)
     try:
+        if part.is_symlink():  # this module makes none
+            drop(part)
         try:
-            fetch_checked(url, part, n_bytes, check)
+            fetch_checked(url, part, n_bytes, most, check)
         except WrongFileError as error:
             print(without_password(f"{url}: {error}; it is removed, and downloaded once more"), file=sys.stderr)
             drop(part)
-            fetch_checked(url, part, n_bytes, check)
+            fetch_checked(url, part, n_bytes, most, check)
         publish(part, path)
         record_of(part).unlink(missing_ok=True)
-    except (OSError, ValueError, WrongFileError) as error:  # ValueError: requests has it for some odd addresses
+    except (OSError, ValueError, HTTPError, WrongFileError) as error:  # ValueError: requests, for some odd addresses
         is_wrong = isinstance(error, WrongFileError)
         problem = reason(error) + (", twice" if is_wrong else "")
         kept = f"{size(part):,} bytes are kept, and the same command goes on from there"
@@ -61,9 +66,9 @@ def download(url: str, path: Path, n_bytes: int | None = None, check: Callable[[
         raise OSError(without_password(f"could not download {url}: {problem}; {kept}")) from error
 
 
-def fetch_checked(url: str, part: Path, n_bytes: int | None, check: Callable[[Path], None]) -> None:
+def fetch_checked(url: str, part: Path, n_bytes: int | None, most: int, check: Callable[[Path], None]) -> None:
     """`fetch`, then raise WrongFileError if `part` is not the file that was asked for."""
-    fetch(url, part, n_bytes)
+    fetch(url, part, n_bytes, most)
     compare_lengths(size(part), n_bytes)
     md5 = read_record(part).get("Content-MD5", "")
     if len(md5) == 24 and md5 != base64.b64encode(digest(part, "md5")).decode():
@@ -79,25 +84,25 @@ def compare_lengths(found: int | None, expected: int | None) -> None:
         raise WrongFileError(f"it has {found:,} bytes, where {expected:,} are expected")
 
 
-def fetch(url: str, part: Path, n_bytes: int | None) -> None:
+def fetch(url: str, part: Path, n_bytes: int | None, most: int) -> None:
     """Complete `part`, however often the connection breaks. Tries after which there are more bytes do not count."""
-    retry, most = RETRY, size(part)
+    retry, longest = RETRY, size(part)
     while not part.is_file() or size(part) != length_of(part):
         headers, response = {"Accept-Encoding": "identity"}, None
         if size(part) and validator(part):  # ask for the rest; for all of it if the file has changed
             headers |= {"Range": f"bytes={size(part)}-", "If-Range": validator(part)}  # RFC 9110, section 13.1.5
         try:
-            with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
+            with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers, hooks=HOOKS) as response:
                 # Retry's rules are applied here and not by requests, which does not retry once the body has begun.
                 if retry.is_retry("GET", response.status_code, "Retry-After" in response.headers):
                     raise ConnectionError(f"{response.status_code} {response.reason}")
-                receive(response, part, n_bytes)
+                receive(response, part, n_bytes, most)
                 return
-        except (ConnectionError, Timeout, ChunkedEncodingError) as error:
+        except (ConnectionError, Timeout, ProtocolError, ReadTimeoutError, SSLError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):  # it does not get better
                 raise
-            if size(part) > most:
-                retry, most = RETRY, size(part)
+            if size(part) > longest:
+                retry, longest = RETRY, size(part)
             retry = wait(retry, response, reason(error))
 
 
@@ -118,7 +123,7 @@ def wait(retry: Retry, response: requests.Response | None, problem: str) -> Retr
     return retry
 
 
-def receive(response: requests.Response, part: Path, n_bytes: int | None) -> None:
+def receive(response: requests.Response, part: Path, n_bytes: int | None, most: int) -> None:
     """Append the body of `response` to `part`; ConnectionError if another try may help, else OSError."""
     headers, status = response.headers, response.status_code
     whole = whole_length(headers, part) if status == 206 else None
@@ -134,16 +139,19 @@ def receive(response: requests.Response, part: Path, n_bytes: int | None) -> Non
         record = read_record(part) | {"Content-Length": whole}
     else:
         drop(part)
-        record = {name: headers[name] for name in REMEMBERED if name in headers}
-        if headers.get("Content-Encoding", "identity") != "identity":
-            record = {}  # these headers describe the compressed file
-    record_of(part).write_text(json.dumps(record), encoding="utf-8")
+        names = REMEMBERED if headers.get("Content-Encoding", "identity") == "identity" else ()  # else of a packed file
+        record = {name: headers[name] for name in names if name in headers}
+    write_text(record_of(part), json.dumps(record))
     compare_lengths(length_of(part), n_bytes)
     length = length_of(part) or n_bytes
-    options = {"unit": "B", "unit_scale": True, "disable": None if sys.stderr else True}
-    with tqdm(total=length, initial=size(part), desc=part.stem, **options) as bar, open(part, "ab") as file:
-        for chunk in response.iter_content(CHUNK):
-            bar.update(file.write(chunk))
+    limit = n_bytes or min(length or most, most)
+    options = {"desc": part.stem, "unit": "B", "unit_scale": True, "disable": None if sys.stderr else True}
+    with tqdm(total=length, initial=size(part), **options) as bar, open(part, "ab", opener=no_follow) as file:
+        while piece := response.raw.read1(CHUNK, decode_content=True):  # all that arrives, also just before a break
+            if file.tell() + len(piece) > limit:
+                record_of(part).unlink(missing_ok=True)  # so that nothing is kept
+                raise OSError(f"it does not end after {limit:,} bytes, the most that it should have")
+            bar.update(file.write(piece))
     if length and size(part) < length:
         raise ConnectionError(f"it ended after {size(part):,} of {length:,} bytes")
 
@@ -153,9 +161,7 @@ def whole_length(headers: dict[str, str], part: Path) -> str | None:
     known = read_record(part)
     same = all(headers.get(name, known.get(name)) == known.get(name) for name in VALIDATORS)
     found = re.fullmatch(rf"bytes {size(part)}-\d+/(\d+|\*)", headers.get("Content-Range", ""))
-    if not (same and found):
-        return None
-    lengths = {found[1], known.get("Content-Length")} - {"*", None}
+    lengths = {found[1], known.get("Content-Length")} - {"*", None} if same and found else set()
     return lengths.pop() if len(lengths) == 1 else None
 
 
@@ -163,7 +169,7 @@ def reason(error: Exception) -> str:
     """What `error` is about, in one line, without the layers of requests and urllib3 around it."""
     while inner := [e for e in (getattr(error, "reason", None), *error.args[:1]) if isinstance(e, Exception)]:
         error = inner[0]
-    text = error.args[0] if isinstance(error, ProtocolError) else str(error)
+    text = error.args[0] if isinstance(error, (ProtocolError, DecodeError)) else str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(text.partition(" for url")[0].split())
@@ -185,9 +191,9 @@ def record_of(part: Path) -> Path:
 def read_record(part: Path) -> dict[str, str]:
     """The headers that came with `part`; none if they are lost or damaged."""
     try:
-        record = json.loads(record_of(part).read_text(encoding="utf-8"))
-        return {name: value for name, value in record.items() if isinstance(value, str)}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        with open_regular(record_of(part), 2**16) as file:
+            return {name: text for name, text in json.load(file).items() if re.fullmatch("[!-~][ -~]{,999}", text)}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
 
 

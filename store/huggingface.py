@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from store.files import open_regular
 from store.params import nest_tensors, param_shapes
 from store.tables import Tables, check_hparams, check_vocabulary, damaged, read_json, read_merges, read_vocabulary
-from store.tensors import WEIGHTS, map_tensors
+from store.tensors import BFLOAT16, WEIGHTS, Lazy, map_tensors
 
 CONFIG, TOKENIZER, PYTORCH_WEIGHTS = "config.json", "tokenizer.json", "pytorch_model.bin"
 SMALL_FILES = (
@@ -100,13 +101,12 @@ def read_config(path: Path) -> dict:
     found = read_json(path)
     refuse_others(path, found, ONLY)
     config = DEFAULTS | found | {name: found[alias] for name, alias in ALIASES.items() if alias in found}
-    check_hparams(path, {name: config[theirs] for name, theirs in NAMES.items()}, NAMES)
+    inner = {} if config["n_inner"] is None else {"n_inner": config["n_inner"]}
+    check_hparams(path, {name: config[theirs] for name, theirs in NAMES.items()} | inner, NAMES)
     for name, default in DEFAULTS.items():
         if type(default) is bool and type(config[name]) is not bool:
             raise ValueError(f"{path}: {name} must be true or false, not {config[name]!r}")
-    n_inner, eps = config["n_inner"], config["layer_norm_epsilon"]
-    if n_inner is not None and (type(n_inner) is not int or not 1 <= n_inner <= 10**7):
-        raise ValueError(f"{path}: n_inner must be a whole number from 1 to 10,000,000, or null, not {n_inner!r}")
+    eps = config["layer_norm_epsilon"]
     if type(eps) not in (int, float) or not 0 <= eps < 1e30:
         raise ValueError(f"{path}: layer_norm_epsilon must be a number from 0, not {eps!r}")
     return config
@@ -130,10 +130,12 @@ def fold_attention_scale(blocks: list[dict], config: dict) -> None:
         factor /= i + 1 if config["scale_attn_by_inverse_layer_idx"] else 1
         if factor != 1:
             scale = np.repeat(np.float32([factor, 1, 1]), config["n_embd"])  # of queries, keys and values
-            c_attn = block["attn"]["c_attn"]
-            for name, array in c_attn.items():
-                c_attn[name] = array * scale
-                c_attn[name].flags.writeable = False
+            c_attn = block["attn"]["c_attn"].items()
+            block["attn"]["c_attn"] = {name: multiply_later(leaf, scale) for name, leaf in c_attn}
+
+
+def multiply_later(leaf: np.ndarray | Lazy, scale: np.ndarray) -> Lazy:
+    return Lazy(leaf.shape, lambda: np.asarray(leaf) * scale, getattr(leaf, "source", leaf))
 
 
 def load_tables(directory: Path) -> Tables:
@@ -156,8 +158,8 @@ def load_tables(directory: Path) -> Tables:
         for text, entry in added_tokens(vocabulary, entries, options | roles, older).items():
             if not text.encode():
                 raise ValueError("an added token is empty")
-            if vocabulary.setdefault(text, entry["id"]) != entry["id"]:
-                raise ValueError(f"{text!r} has the ids {vocabulary[text]} and {entry['id']}")
+            if type(entry["id"]) is not int or vocabulary.setdefault(text, entry["id"]) != entry["id"]:
+                raise ValueError(f"{text[:80]!r} has the ids {vocabulary.get(text)} and {repr(entry['id'])[:80]}")
             flags = {flag: bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip", "single_word")}
             added.append({"text": text, **flags, "normalized": bool(entry.get("normalized", not flags["special"]))})
     ends = read_ends(directory, config, set(vocabulary.values()))
@@ -219,11 +221,9 @@ def adds_nothing(processor: dict) -> bool:
 
 def added_tokens(vocabulary: dict[str, int], entries: list[dict], options: dict, older: dict) -> dict[str, dict]:
     """The added tokens, by text: tokenizer.json's `entries`, its config's `options`, and those of `older` versions."""
-    found = {entry["content"]: entry for entry in entries}
+    found = {token: {"id": i} for token, i in older.items()} | {entry["content"]: entry for entry in entries}
     for i, entry in options.get("added_tokens_decoder", {}).items():
         found[entry["content"]] = {**found.get(entry["content"], {}), **entry, "id": int(i)}
-    for token, i in older.items():
-        found.setdefault(token, {"id": i})
     roles = [value for name, value in options.items() if name.endswith("_token")]  # such as pad_token: special
     for role in (*roles, *(options.get("additional_special_tokens") or ())):
         entry = role if isinstance(role, dict) else {"content": role}
@@ -235,7 +235,7 @@ def added_tokens(vocabulary: dict[str, int], entries: list[dict], options: dict,
 
 def weight_files(directory: Path) -> list[Path]:
     """The paths of the weights that transformers would take, which need not all be there; none if there are none."""
-    path = next(filter(Path.is_file, map(directory.joinpath, WEIGHT_FILES)), None)
+    path = next(filter(Path.exists, map(directory.joinpath, WEIGHT_FILES)), None)
     if path is None or path.suffix != ".json":
         return [path] if path else []
     places = read_json(path).get("weight_map")
@@ -251,7 +251,7 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     if not paths:
         raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {PYTORCH_WEIGHTS} is there")
     for path in paths:
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path} is missing: a part of the weights; get it again")
         found = read_pytorch(path) if path.suffix == ".bin" else map_tensors(path)[0]
         for name, array in found.items():
@@ -273,12 +273,22 @@ def read_pytorch(path: Path) -> dict[str, np.ndarray]:
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open_regular(path) as file:
+            is_zip, n_bytes = zipfile.is_zipfile(file), path.stat().st_size
+            if is_zip and sum(item.file_size for item in zipfile.ZipFile(file).infolist()) > n_bytes:
+                raise ValueError("it is compressed, or its parts overlap")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         if odd := [name for name in found if not isinstance(name, str) or not name.isprintable()]:
             raise ValueError(f"{odd[0]!r} is no name of a tensor")
-        return {name: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy() for name, t in found.items()}
-    except Exception as error:  # pickle and PyTorch raise any kind
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > 2 * n_bytes:  # wte may be twice
+            raise ValueError("its tensors are larger than the file")
+        tensors = {name: tensor.detach().contiguous() for name, tensor in found.items()}
+        views = {torch.bfloat16: lambda tensor: tensor.view(torch.int16).numpy().view(BFLOAT16)}
+        return {name: views.get(tensor.dtype, torch.Tensor.numpy)(tensor) for name, tensor in tensors.items()}
+    except OSError:
+        raise
+    except Exception as error:  # pickle and PyTorch raise any kind; PyTorch's text would be advice to trust the file
+        reason = str(error)[:200] if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{path} is damaged, or holds other things than tensors: {reason}") from error
 
 

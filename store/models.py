@@ -17,6 +17,9 @@ from store.tensors import WEIGHTS
 PROJECT = Path(__file__).parents[1]
 RELEASED = ("124M", "355M", "774M", "1558M")
 HPARAMS, TOKENIZER_FILES = "hparams.json", ("encoder.json", "vocab.bpe")
+TABLES = (*TOKENIZER_FILES, HPARAMS)
+INT8_WEIGHTS = "model.int8.safetensors"
+MODEL_FILES = (*TABLES, WEIGHTS, INT8_WEIGHTS)  # what a new model in the same directory replaces
 
 
 def find_model(name: str, models_dir: str = "models", files: Sequence[str] = ()) -> Path:
@@ -69,7 +72,8 @@ def load_hparams(directory: Path, n_tokens: int) -> dict[str, int]:
 def load_params(name: str, directory: Path, hparams: dict[str, int]) -> dict:
     """The weights of the model `name` in `directory`, nested; downloaded and converted if they are not there.
 
-    Raises ValueError for weights that are damaged or do not fit `hparams`, OSError, ImportError for a missing package.
+    What is not float32 in its file is `Lazy`. Raises ValueError for weights that are damaged or do not fit `hparams`,
+    OSError, ImportError for a missing package.
     """
     if is_huggingface(directory):
         if hub.is_on_hub(name):

@@ -1,12 +1,13 @@
 """The parameters of a GPT-2: their shapes, their names in files, and the nesting of a file's tensors as `params`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from store.tensors import BFLOAT16, map_tensors, save_tensors
+from store.files import digests
+from store.tensors import BFLOAT16, FLOAT32, Lazy, map_tensors, save_tensors
 
 
 def param_shapes(hparams: dict[str, int]) -> dict:
@@ -87,21 +88,35 @@ def check_tensors(source: Path, found: dict[str, tuple], expected: dict[str, tup
 def nest_tensors(source: Path, tensors: dict[str, np.ndarray], shapes: dict, config: str) -> dict:
     """The `tensors` of `source` as read-only float32, nested as the `shapes` that `config` implies.
 
-    float16 and bfloat16 are widened, which changes no number. Raises ValueError for another name, shape or type.
+    float16 and bfloat16 become `Lazy`: they are widened when they are needed, which changes no number. Raises
+    ValueError for another name, shape or type.
     """
     check_tensors(source, {name: array.shape for name, array in tensors.items()}, flatten(shapes, tensor_name), config)
 
-    def find(path: tuple, shape: tuple) -> np.ndarray:
+    def find(path: tuple, shape: tuple) -> np.ndarray | Lazy:
         array = tensors[name := tensor_name(path)]
         if array.dtype == BFLOAT16:
-            array = (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
-        elif array.dtype not in (np.float32, np.float16):
+            return Lazy(array.shape, lambda: (array["bfloat16"].astype(np.uint32) << 16).view(np.float32), array)
+        if array.dtype == np.float16:
+            return Lazy(array.shape, lambda: array.astype(np.float32), array)
+        if array.dtype != np.float32:
             raise ValueError(f"{source}: {name} has the type {array.dtype}, not float32, float16 or bfloat16")
-        array = array.astype(np.float32, copy=False)
         array.flags.writeable = False
-        return array
+        return array.view(FLOAT32)
 
     return map_leaves(find, shapes)
+
+
+def read_lazy(params: dict) -> dict:
+    """`params` with read-only arrays in the place of what is `Lazy`."""
+
+    def read(path: tuple, leaf: np.ndarray | Lazy | float) -> np.ndarray | float:
+        if isinstance(leaf, Lazy):
+            leaf = np.asarray(leaf)
+            leaf.flags.writeable = False
+        return leaf
+
+    return map_leaves(read, params)
 
 
 def map_params(path: Path, shapes: dict) -> dict:
@@ -109,6 +124,6 @@ def map_params(path: Path, shapes: dict) -> dict:
     return nest_tensors(path, map_tensors(path)[0], shapes, "hparams.json")
 
 
-def save_params(path: Path, params: dict) -> None:
-    """Write `params` as a `model.safetensors`, with Hugging Face's tensor names."""
-    save_tensors(path, tensors_of(params), {"format": "pt"})
+def save_params(path: Path, params: dict, beside: Iterable[str] = ()) -> None:
+    """Write `params` as a `model.safetensors` with Hugging Face's names, and the digests of the files `beside` it."""
+    save_tensors(path, tensors_of(params), {"format": "pt", **digests(path.parent, beside)})

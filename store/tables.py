@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from store.files import MOST_BYTES, open_regular
+
+MOST_BYTES_OF_SETTINGS = 2**20
 # Larger numbers are damage, and could take all memory before another check finds them.
 LARGEST = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}
 
@@ -23,23 +26,20 @@ def damaged(path: Path, problem: str) -> ValueError:
     return ValueError(f"{path} is damaged: {problem}; delete it, and get it again")
 
 
-def read_text(path: Path) -> str:
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
-        raise OSError(f"{path} cannot be read: it is not a file")
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path, most) as file:
+            return file.read(most).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: every model directory needs one") from error
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise damaged(path, f"it is not UTF-8 ({error})") from error
 
 
-def read_json(path: Path) -> dict:
-    text = read_text(path)
+def read_json(path: Path, most: int = MOST_BYTES) -> dict:
+    text = read_text(path, most)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=reject_duplicate_keys)
     except RecursionError as error:
         raise damaged(path, "it is nested too deep") from error
     except ValueError as error:
@@ -51,9 +51,10 @@ def read_json(path: Path) -> dict:
 
 def reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object; ValueError if it has a name twice, of which different readers may take different values."""
-    if len(dict(pairs)) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a name is there twice")
-    return dict(pairs)
+    return value
 
 
 def check_hparams(path: Path, hparams: dict[str, int], names: dict[str, str] | None = None) -> dict[str, int]:
@@ -64,6 +65,9 @@ def check_hparams(path: Path, hparams: dict[str, int], names: dict[str, str] | N
             shown = "missing" if value is None else repr(value)[:40]
             name = (names or {}).get(name, name)
             raise damaged(path, f"{name} must be a whole number from 1 to {most:,}, and is {shown}")
+    n_inner = hparams.get("n_inner", 1)
+    if type(n_inner) is not int or not 1 <= n_inner <= LARGEST["n_vocab"]:
+        raise damaged(path, f"n_inner must be a whole number from 1 to 10,000,000, and is {repr(n_inner)[:40]}")
     if hparams["n_embd"] % hparams["n_head"]:
         raise damaged(path, f"n_embd = {hparams['n_embd']} is not a multiple of n_head = {hparams['n_head']}")
     return hparams
@@ -71,7 +75,7 @@ def check_hparams(path: Path, hparams: dict[str, int], names: dict[str, str] | N
 
 def read_hparams(path: Path) -> dict[str, int]:
     """The hyperparameters in `hparams.json`; ValueError if they describe no GPT-2."""
-    return check_hparams(path, read_json(path))
+    return check_hparams(path, read_json(path, MOST_BYTES_OF_SETTINGS))
 
 
 def check_vocabulary(path: Path, vocabulary: object) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Added tokens, as encoder.Encoder finds them in a text before that is cut into words."""
 
 import json
+import time
 from itertools import chain
 
 import pytest
@@ -13,7 +14,7 @@ from helpers.models import tiny_tables
 
 PIECES = [entry["content"] for entry in ADDED]
 PIECES += ["a", "b", "c", " ", "  ", "\n", "\t", "\u00a0", "_", "é", "1", "<", ">", "[", "«", "Ġ", END_OF_TEXT]
-APART, OVERLAPPING = ["ab", "<a>", "-é", "( )"], ["ab", "abc", "bc", "éa", " bc", "bc ", "\n", "  "]
+CONTENTS = ["ab", "<a>", "-é", "( )", "abc", "bc", "éa", " bc", "bc ", "\n", "  "]  # others are random
 SHORT = [*"abc <>-\n_é", "ab", "<a>", "-é"]
 
 
@@ -50,17 +51,39 @@ def test_100_000_spaces_before_no_token_are_read_in_time(encoder, tiny_encoder):
         assert encoder.encode(f"[end]{space}<mas", True) == [303, *tiny_encoder.encode("<mas")]
 
 
+@pytest.mark.parametrize(("names", "text"), [
+    ([f"<|reserved_{i}|>" for i in range(3000)], "<|reserved_" * 10_000),
+    ([f"{'_' * 999}{i}" for i in range(3000)], "_" * 100_000), (["_" * i for i in range(2, 3000)], "_!" * 50_000),
+    ([f"{'_' * i}!" for i in range(1, 3000)], "_" * 100_000),
+])  # fmt: skip
+def test_3000_tokens_that_begin_alike_are_sought_in_time(tiny_encoder, names, text):
+    encoder, before = with_tokens([added(300 + i, name) for i, name in enumerate(names)]), time.process_time()
+    assert encoder.encode(f"{text} {names[7]}", True) == [*tiny_encoder.encode(f"{text} "), 307]
+    assert time.process_time() - before < 10
+
+
 @st.composite
 def tokens_and_texts(draw):
-    """Those of ADDED, or tokens with any flags, or tokens that overlap; and texts that have them."""
-    pieces, kind = SHORT, draw(st.sampled_from(["ADDED", "apart", "overlapping"]))
-    if kind == "ADDED":
-        entries, pieces = ADDED, PIECES
-    else:
-        contents = draw(st.lists(st.sampled_from(APART if kind == "apart" else OVERLAPPING), unique=True, min_size=1))
-        names = ("single_word", "special", "lstrip", "rstrip") if kind == "apart" else ("special",)
+    """Those of ADDED, or tokens with any flags, one of which may begin or overlap another; and texts that have them."""
+    entries, pieces = ADDED, PIECES
+    if draw(st.booleans()):
+        contents = st.sampled_from(CONTENTS) | st.text("ab<é", min_size=2, max_size=5).map(lambda text: f"<{text}")
+        contents = draw(st.lists(contents, unique=True, min_size=1))
+        names = ("single_word", "special", "lstrip", "rstrip", "normalized")
         entries = [added(300 + i, c, **{name: draw(st.booleans()) for name in names}) for i, c in enumerate(contents)]
+        pieces = SHORT + contents
     return entries, draw(st.lists(st.lists(st.sampled_from(pieces), max_size=12).map("".join), min_size=1, max_size=6))
+
+
+@given(tokens_and_texts())
+def test_the_pieces_of_a_text_have_the_ids_of_the_whole(case):
+    entries, pieces = case
+    whole = "".join(pieces)
+    can_be_cut = [e for e in entries if not (e["lstrip"] or e["rstrip"] or set(e["content"]) & set(" \n"))]
+    for tokens in (entries, [{**e, "id": 300 + i} for i, e in enumerate(can_be_cut)]):
+        encoder = with_tokens(tokens)
+        ids = [encoder.encode(piece, True) for piece in encoder.pieces(pieces)]
+        assert list(chain(*ids)) == encoder.encode(whole, True)
 
 
 @pytest.mark.reference

@@ -100,10 +100,12 @@ def test_cross_entropy_is_the_mean_of_the_negative_log_probabilities():
 
 
 @pytest.mark.parametrize("shape", [(17,), (3, 32)])
-def test_logits_are_those_of_gpt2(tiny_params, shape):
+@pytest.mark.parametrize("scale", [1, 1e6])  # of attention's scores: the larger, the more a mask has to hide
+def test_logits_are_those_of_gpt2(tiny_params, shape, scale):
     ids = np.random.RandomState(0).randint(0, 300, shape)
-    logits, _ = backprop.gpt2_logits(ids, **tiny_params, n_head=4, drop=partial(drop, rate=0))
-    expected = gpt2.gpt2(ids, **tiny_params, n_head=4)
+    params = map_leaves(lambda path, array: array * np.float32(scale if "c_attn" in path else 1), tiny_params)
+    logits, _ = backprop.gpt2_logits(ids, **params, n_head=4, drop=partial(drop, rate=0))
+    expected = gpt2.gpt2(ids, **params, n_head=4)
     assert logits.dtype == np.float32
     assert np.abs(logits - expected).max() < 1e-5 * np.ptp(expected)
 
@@ -139,13 +141,8 @@ def test_dropout_drops_the_share_and_keeps_the_mean():
 
 
 def test_dropout_is_of_embeddings_attention_weights_and_what_is_added_to_the_residual_stream(tiny_params, monkeypatch):
-    original, shapes = backprop.dropout, []
-
-    def dropout(x, rate, rng):
-        shapes.append(x.shape)
-        return original(x, rate, rng)
-
-    monkeypatch.setattr(backprop, "dropout", dropout)
+    dropout, shapes = backprop.dropout, []
+    monkeypatch.setattr(backprop, "dropout", lambda x, **options: (shapes.append(x.shape), dropout(x, **options))[1])
     backprop.gpt2_loss(np.arange(21), tiny_params, 4, 0.1, np.random.default_rng(0))
     assert shapes == [(20, 48)] + TINY["n_layer"] * [(4, 20, 20), (20, 48), (20, 48)]
 

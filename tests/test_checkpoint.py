@@ -5,9 +5,9 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +17,11 @@ import pytest
 
 from gpt2 import generate
 from helpers.faulty_server import Answer
-from helpers.models import TINY, assert_same_params, write_checkpoint, write_model
+from helpers.models import TINY, assert_same_params, flip_bit, write_checkpoint, write_model, write_tables
 from helpers.processes import as_any_user, error_line, run, start
 from store import checkpoint, download
 from store.checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, CHECKPOINT_INDEX, fetch, identify, is_current
-from store.files import locked
+from store.files import temporary_of
 from store.tensors import WEIGHTS, map_tensors, save_tensors
 from utils import load_encoder_hparams_and_params
 
@@ -59,11 +59,6 @@ def params_of(name, models_dir="models"):
 
 def names(directory):
     return {path.name for path in directory.iterdir()}
-
-
-def with_a_flipped_bit(data):
-    i = len(data) // 2
-    return data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
 
 
 def test_a_released_model_is_downloaded_converted_and_mapped(mirror, tmp_path, tiny_params, capfd):
@@ -114,12 +109,9 @@ def test_without_tensorflow_no_weights_are_downloaded(mirror, tmp_path, monkeypa
     assert sorted(mirror.paths()) == ["/124M/encoder.json", "/124M/hparams.json", "/124M/vocab.bpe"]
 
 
-NAN_IN_A_COLUMN = np.where(np.arange(48) == 7, np.float32(np.nan), 0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "change", "complaint"), [
-    ("model/wpe", lambda name, a: {name: a + NAN_IN_A_COLUMN}, "model/wpe holds numbers that are infinite"),
+    ("model/wpe", lambda name, a: {name: a + np.float32([np.nan] + [0] * 47)}, "model/wpe holds numbers that are inf"),
     ("model/h1/mlp/c_fc/b", lambda name, a: {name: a + np.float32(np.inf)}, "model/h1/mlp/c_fc/b holds numbers"),
     ("model/h0/attn/c_attn/w", lambda name, a: {name: a.swapaxes(1, 2)},
      r"model/h0/attn/c_attn/w has the shape \[144, 48\]"),
@@ -182,7 +174,8 @@ def test_weights_that_do_not_fit_a_damaged_hparams_name_it(mirror, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [CHECKPOINT_DATA, CHECKPOINT_INDEX])
 def test_a_download_that_tensorflow_finds_damaged_is_fetched_once_more(mirror, tmp_path, tiny_params, capfd, file):
-    bad = with_a_flipped_bit(mirror.files[f"/124M/{file}"])
+    data = mirror.files[f"/124M/{file}"]
+    bad = flip_bit(data, 4 * len(data))
     mirror.answers = [Answer(body=bad if name == file else None) for name in ALL_FILES]  # in the order they come in
     assert_same_params(params_of("124M", tmp_path), tiny_params)
     assert capfd.readouterr().err.count("is damaged: get both again: they are removed, and downloaded once more") == 1
@@ -195,7 +188,7 @@ def test_a_damaged_checkpoint_that_cannot_be_fetched_again_stays(mirror, tmp_pat
     if why.endswith("index"):
         (fetched / CHECKPOINT_INDEX).write_bytes(b"garbage")
     else:
-        (fetched / CHECKPOINT_DATA).write_bytes(with_a_flipped_bit((fetched / CHECKPOINT_DATA).read_bytes()))
+        (fetched / CHECKPOINT_DATA).write_bytes(flip_bit((fetched / CHECKPOINT_DATA).read_bytes(), 4 * N_DATA_BYTES))
     before = {path.name: path.read_bytes() for path in fetched.iterdir()}
     if why == "read-only":
         request.getfixturevalue("permissions")
@@ -230,12 +223,13 @@ def test_without_room_for_weights_and_conversion_nothing_is_downloaded(mirror, t
     part.parent.mkdir()
     part.write_bytes(bytes(n_there))
     needed = 2 * N_DATA_BYTES - n_there
+    wanted = (tmp_path / "124M", [CHECKPOINT_DATA], N_DATA_BYTES, N_DATA_BYTES)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(OSError, match=f"need {needed:,} bytes, and this disk has {needed - 1:,} free"):
-        fetch(tmp_path / "124M", [CHECKPOINT_DATA], N_DATA_BYTES)
+        fetch(*wanted)
     assert mirror.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    fetch(tmp_path / "124M", [CHECKPOINT_DATA], N_DATA_BYTES)
+    fetch(*wanted)
 
 
 @pytest.mark.parametrize("switch", ["--offline", "1", "true"])
@@ -265,7 +259,7 @@ def test_processes_that_start_at_once_do_the_work_once_and_the_next_one_none(mir
     assert [process.returncode for process in processes] == [0] * 4, results
     assert set(Counter(mirror.paths()).values()) == {1}
     assert sum("converting" in errors for _, errors in results) == 1
-    assert "models/124M: waiting for another process that downloads or converts it ..." in str(results)
+    assert "models/124M: waiting for another process, which is writing it ..." in str(results)
     n_requests = len(mirror.requests)
     again = run("gpt2.py", *ARGUMENTS, cwd=tmp_path, text=True)
     assert (again.stderr, len(mirror.requests)) == ("", n_requests)
@@ -274,23 +268,11 @@ def test_processes_that_start_at_once_do_the_work_once_and_the_next_one_none(mir
     assert {again.stdout, *(printed for printed, _ in results)} == {expected}
 
 
-def test_weights_that_another_process_makes_meanwhile_are_taken(mine, monkeypatch, capsys):
+def test_weights_that_another_process_makes_meanwhile_are_taken(mine, monkeypatch):
     monkeypatch.setattr(checkpoint, "convert_checkpoint", lambda *arguments: pytest.fail("it converts once more"))
-    has_lock = threading.Event()
-
-    def other():
-        with locked(mine):
-            has_lock.set()
-            time.sleep(0.3)
-            note = {CHECKPOINT_INDEX: identify(mine / CHECKPOINT_INDEX)}
-            save_tensors(mine / WEIGHTS, {"a": np.zeros(1, np.float32)}, note)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert has_lock.wait(20)
+    made = (mine / WEIGHTS, {"a": np.zeros(1, np.float32)}, {CHECKPOINT_INDEX: identify(mine / CHECKPOINT_INDEX)})
+    monkeypatch.setattr(checkpoint, "locked", lambda home: nullcontext(save_tensors(*made)))
     assert checkpoint.find_weights(mine, N_DATA_BYTES, released=False) == mine / WEIGHTS
-    thread.join()
-    assert "mine: waiting for another process that downloads or converts it" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
@@ -309,6 +291,26 @@ def test_a_process_that_is_killed_leaves_what_it_has_and_no_lock(mirror, tmp_pat
     assert (second.returncode, bool(printed)) == (0, True), errors
     assert mirror.ranges()[-1] == f"bytes={n}-"
     assert names(part.parent) == COMPLETE
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
+def test_a_conversion_ends_with_the_process_that_waits_for_it(tmp_path):
+    write_tables(tmp_path)
+    (tmp_path / CHECKPOINT_INDEX).touch()
+    (tmp_path / CHECKPOINT_DATA).write_bytes(bytes(N_DATA_BYTES))
+    slow = f"import os, time; open({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    (tmp_path / "tensorflow.py").write_text(slow)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process, deadline = start("gpt2.py", "x", f"--model_size={tmp_path}", env=env), time.monotonic() + 60
+    while not (tmp_path / "id").is_file() or not (tmp_path / "id").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    child = Path("/proc", (tmp_path / "id").read_text(), "cmdline")
+    while child.is_file() and child.read_bytes():  # none is left of a process that has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("seconds", [-100, 0, 100], ids=["older", "equal", "newer"])
@@ -333,7 +335,7 @@ def test_weights_are_taken_if_they_are_made_of_the_checkpoint_that_is_there(tmp_
 def test_another_checkpoint_is_converted_anew_and_leftovers_are_removed(tmp_path, tiny_tensors, tiny_params):
     changed = tiny_tensors | {"model/ln_f/b": tiny_tensors["model/ln_f/b"] + 1}
     directory = write_checkpoint(tmp_path / "mine", tiny_tensors)
-    (directory / f"{WEIGHTS}.123.tmp").write_bytes(b"half of it")
+    temporary_of(directory / WEIGHTS).write_bytes(b"half of it")
     assert_same_params(params_of(directory), tiny_params)
     assert names(directory) == COMPLETE
     write_checkpoint(directory, changed)
@@ -352,13 +354,14 @@ def test_a_checkpoint_in_a_read_only_directory_is_converted_into_the_users_cache
     assert len(list(cache.glob(f"gpt2-numpy/*/{WEIGHTS}"))) == 1
 
 
-def test_where_nothing_can_be_written_it_says_what_it_needs(permissions, mine, cache):
-    cache.mkdir()
-    for path in (mine, cache):
-        path.chmod(0o555)
-    line = error_line(run("gpt2.py", "Hello", f"--model_size={mine}", preexec_fn=as_any_user))
-    assert f"{cache}/gpt2-numpy" in line
-    assert "cannot be written (Permission denied)" in line
+@pytest.mark.parametrize(("file", "mode", "complaint"), [
+    (".", 0o555, r"cache/gpt2-numpy\S* cannot be written \(Permission denied\)"),
+    *((file, 0, f"{file} cannot be read: Permission denied") for file in (CHECKPOINT_INDEX, CHECKPOINT_DATA)),
+])  # fmt: skip
+def test_what_cannot_be_written_or_cannot_be_read_is_named(permissions, mine, cache, file, mode, complaint):
+    cache.mkdir(mode=0o555)
+    (mine / file).chmod(mode)
+    assert re.search(complaint, error_line(run("gpt2.py", "x", f"--model_size={mine}", preexec_fn=as_any_user)))
 
 
 def test_a_read_only_model_needs_to_be_complete_and_no_more(permissions, mirror, tmp_path):
@@ -373,13 +376,6 @@ def test_a_read_only_model_needs_to_be_complete_and_no_more(permissions, mirror,
     assert "models/124M cannot be written (Permission denied)" in line
 
 
-@pytest.mark.parametrize("file", [*TABLES, "hparams.json", CHECKPOINT_INDEX, CHECKPOINT_DATA])
-def test_a_directory_in_the_place_of_a_file_is_named(mirror, tmp_path, file):
-    (tmp_path / "124M" / file).mkdir(parents=True)
-    with pytest.raises(OSError, match=f"124M/{file} is a directory, where a file belongs: remove it"):
-        params_of("124M", tmp_path)
-
-
 def test_dangling_links_of_a_released_model_become_files(mirror, tmp_path, tiny_params):
     (tmp_path / "124M").mkdir()
     for file in (*ALL_FILES, WEIGHTS):
@@ -388,20 +384,15 @@ def test_dangling_links_of_a_released_model_become_files(mirror, tmp_path, tiny_
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("file", [CHECKPOINT_INDEX, CHECKPOINT_DATA])
-def test_a_checkpoint_file_that_cannot_be_read_is_named(permissions, mine, file):
-    (mine / file).chmod(0)
-    line = error_line(run("gpt2.py", "x", f"--model_size={mine}", preexec_fn=as_any_user))
-    assert f"{file} cannot be read: Permission denied" in line
-
-
 @pytest.mark.parametrize(("place", "make", "complaint"), [
     ("models/124M", Path.touch, "124M is not a directory: remove it"),
     ("models/124M", lambda path: path.symlink_to("nowhere"), "124M is not a directory: remove it"),
     ("models", Path.touch, "models/124M cannot be written"),
+    *((f"models/124M/{file}", Path.mkdir, f"124M/{file} is a directory, where a file belongs: remove it")
+      for file in (*TABLES, "hparams.json", CHECKPOINT_INDEX, CHECKPOINT_DATA)),
 ])  # fmt: skip
-def test_a_file_in_the_place_of_a_directory_is_named(mirror, tmp_path, place, make, complaint):
-    (tmp_path / place).parent.mkdir(exist_ok=True)
+def test_a_directory_in_the_place_of_a_file_or_a_file_in_its_place_is_named(mirror, tmp_path, place, make, complaint):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     make(tmp_path / place)
     with pytest.raises(OSError, match=complaint):
         params_of("124M", tmp_path / "models")

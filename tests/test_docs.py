@@ -25,13 +25,9 @@ def test_the_tests_that_a_page_names_are_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_files_that_a_page_leads_to_are_there(page):
+def test_the_files_and_scripts_that_a_page_names_are_there(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", read(page))
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_scripts_that_a_page_names_are_there(page):
     names = set(re.findall(r"\b\w[\w/]*\.py\b", read(page)))
     commands = set(re.findall(r"python (\S+\.py)\b", read(page)))
     assert [name for name in names if not ((ROOT / name).is_file() or list(ROOT.glob(f"*/{name}")))] == []

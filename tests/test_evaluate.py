@@ -20,6 +20,7 @@ from helpers.golden import reference_model
 from helpers.models import BUNDLED, TINY, random_params, reference_losses, tiny_tables, write_model
 from helpers.processes import interrupt, run
 from helpers.processes import start as start_script
+from show import terminal
 
 N_HEAD, N_CTX, N_VOCAB = TINY["n_head"], TINY["n_ctx"], TINY["n_vocab"]
 LETTERS = {token: i for token, i in tiny_tables()[0].items() if len(token) == 1}
@@ -61,14 +62,11 @@ def test_each_row_of_several_axes_has_its_last_losses_and_loss_is_their_mean(tin
     assert (type(mean), mean) == (float, pytest.approx(expected.mean(), rel=1e-6))
 
 
-@pytest.mark.parametrize(
-    ("ids", "complaint"),
-    [
-        ([5], "one token has no loss"), ([[1], [2]], "one token has no loss"), ([], "token ids"),
-        ([1.5, 2.5], "whole numbers"), ([1] * (N_CTX + 2), "shorten it"),
-        ([1, N_VOCAB], f"from 0 to {N_VOCAB - 1}"), ([-1, 2], f"from 0 to {N_VOCAB - 1}"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("ids", "complaint"), [
+    ([5], "one token has no loss"), ([[1], [2]], "one token has no loss"), ([], "token ids"),
+    ([1.5, 2.5], "whole numbers"), ([1] * (N_CTX + 2), "shorten it"),
+    ([1, N_VOCAB], f"from 0 to {N_VOCAB - 1}"), ([-1, 2], f"from 0 to {N_VOCAB - 1}"),
+])  # fmt: skip
 def test_what_has_no_loss_is_refused(tiny_params, ids, complaint):
     with pytest.raises(ValueError, match=complaint):
         loss(ids, tiny_params, N_HEAD)
@@ -96,10 +94,12 @@ def guide(n_tokens, n_ctx, stride):
             break
 
 
+@pytest.mark.parametrize("n_pieces", [1, 2, 40])
 @pytest.mark.parametrize("stride", range(1, 9))
 @pytest.mark.parametrize("n_tokens", [*range(2, 20), 40])
-def test_windows_score_each_token_but_the_first_once_and_those_that_overlap_are_the_guides(n_tokens, stride):
-    found = [(start, end, list(range(end - n, end))) for start, end, n in windows(n_tokens, 8, stride)]
+def test_windows_score_each_token_but_the_first_once_and_those_that_overlap_are_the_guides(n_tokens, stride, n_pieces):
+    spans = windows(np.array_split(np.arange(n_tokens), n_pieces), 8, stride)
+    found = [(ids[0], ids[-1] + 1, list(ids[-n_scored:])) for ids, n_scored in spans]
     if stride < 8:
         assert found == list(guide(n_tokens, 8, stride))
     assert [i for *_, scored in found for i in scored] == list(range(1, n_tokens))
@@ -113,20 +113,19 @@ def test_windows_score_each_token_but_the_first_once_and_those_that_overlap_are_
 def test_the_losses_of_a_long_text_are_those_of_its_windows_in_order(tiny_params, monkeypatch, stride, rows):
     monkeypatch.setattr(module, "ROWS", rows)
     ids = random_ids(90 if stride == 1 else 333)
-    spans = windows(len(ids), N_CTX, stride or N_CTX)
-    expected = [reference_losses(ids[start:end], tiny_params, N_HEAD)[-n:] for start, end, n in spans]
+    spans = windows([ids], N_CTX, stride or N_CTX)
+    expected = [reference_losses(window, tiny_params, N_HEAD)[-n_scored:] for window, n_scored in spans]
     found = text_losses(ids.tolist(), tiny_params, N_HEAD, stride)
     np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-5)
+    in_parts = module.losses_in_parts(np.array_split(ids, 7), tiny_params, N_HEAD, stride)
+    assert np.array_equal(np.concatenate(list(in_parts)), found), "bit for bit"
 
 
-@pytest.mark.parametrize(
-    ("ids", "stride", "complaint"),
-    [
-        *((range(50), stride, "from 1 to 32") for stride in (0, -1, 33, 1.5, "8", True)),
-        (np.ones((2, 30), int), None, r"one row of token ids, not an array of the shape \(2, 30\)"),
-        ([5], None, "one token has no loss"), ([*range(50), N_VOCAB], None, "token ids must be"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("ids", "stride", "complaint"), [
+    *((range(50), stride, "from 1 to 32") for stride in (0, -1, 33, 1.5, "8", True)),
+    (np.ones((2, 30), int), None, r"one row of token ids, not an array of the shape \(2, 30\)"),
+    ([5], None, "one token has no loss"), ([*range(50), N_VOCAB], None, "token ids must be"),
+])  # fmt: skip
 def test_a_text_that_has_no_losses_or_a_stride_outside_the_context_is_refused(tiny_params, ids, stride, complaint):
     before = blas().info()
     with pytest.raises(ValueError, match=complaint):
@@ -135,20 +134,15 @@ def test_a_text_that_has_no_losses_or_a_stride_outside_the_context_is_refused(ti
 
 
 def test_measures_are_per_token_byte_character_and_word():
-    text = "née  sans\nmot "  # 14 characters, 15 bytes, 3 words
-    found = measures(text, np.array([1.0, 2.0, 3.0, 4.0]))
-    assert found == {
+    assert measures(10.0, n_tokens=4, n_bytes=15, n_characters=14, n_words=3) == {
         "nats per token": 2.5,
         "perplexity": pytest.approx(math.exp(2.5)),
         "bits per byte": pytest.approx(10 / math.log(2) / 15),
         "bits per character": pytest.approx(10 / math.log(2) / 14),
         "perplexity per word": pytest.approx(math.exp(10 / 3)),
     }
-
-
-def test_measures_of_white_space_and_of_huge_losses_are_numbers():
-    assert measures(" \n", np.array([2.0]))["perplexity per word"] == pytest.approx(math.exp(2))
-    assert measures("a b", np.array([5000.0]))["perplexity"] == math.inf
+    assert measures(2.0, 1, 2, 2, 0)["perplexity per word"] == pytest.approx(math.exp(2)), "white space has no word"
+    assert measures(5000.0, 1, 3, 3, 2)["perplexity"] == math.inf, "of a huge loss"
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +155,9 @@ def log_probability(ids, n_scored, params):
     return -reference_losses(np.array(ids), params, N_HEAD)[-n_scored:].sum()
 
 
-@pytest.mark.parametrize(
-    ("context", "option", "scored"),
-    [
-        ("if it", "is not", " is not"), ("if it", " is not", " is not"), ("if it", "\nis not", "\nis not"),
-        ("if it ", "is", " is"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("context", "option", "scored"), [
+    ("if it", "is not", " is not"), ("if it", "\nis not", "\nis not"), ("if it ", "is", " is"),
+])  # fmt: skip
 def test_an_option_is_scored_with_the_space_that_is_between_it_and_the_context(tiny, context, option, scored):
     encoder, params = tiny
     ids = encoder.encode(scored)
@@ -192,13 +182,10 @@ def test_all_options_are_scored_after_the_same_tokens():
     assert pairs == [([LETTERS["x"], 256], 1), ([LETTERS["x"], LETTERS["a"], LETTERS["c"]], 2)]
 
 
-@pytest.mark.parametrize(
-    ("context", "options", "complaint"),
-    [
-        ("if", ["a", ""], "an option is empty"), ("if", [" "], "an option is nothing but white space"),
-        ("", ["a"], "there is no context, and this model has no <|endoftext|>"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("context", "options", "complaint"), [
+    ("if", ["a", ""], "an option is empty"), ("if", [" "], "an option is nothing but white space"),
+    ("", ["a"], "there is no context, and this model has no <|endoftext|>"),
+])  # fmt: skip
 def test_options_that_cannot_be_scored_are_refused(tiny_params, context, options, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         option_scores(context, options, Encoder(LETTERS, []), tiny_params, N_HEAD)
@@ -239,20 +226,12 @@ def test_padding_of_the_vocabulary_is_no_likelier_word(tiny_params):
     assert last_words(["x a"], encoder, tiny_params | {"lm_head": table}, N_HEAD)[0].all()
 
 
-def test_a_passage_may_have_a_unicode_line_separator(tmp_path):
-    (tmp_path / "passages.jsonl").write_text('{"text": "one\u2028two"}', encoding="utf-8")
-    assert module.read_passages(str(tmp_path / "passages.jsonl")) == ["one\u2028two"]
-
-
-@pytest.mark.parametrize(
-    ("lines", "complaint"),
-    [
-        ('{"text": "one two"}\n{"text": "one"}', "line 2: its text has no word before the last one"),
-        ('\n{"text": ""}', "line 2: its text"), ("\n\n", "no passages"), ("[" * 100_000, "it is not JSON like"),
-        ("not JSON", "line 1: it is not JSON like"), ('{"txt": "one two"}', "line 1: it is not JSON like"),
-        ('["one two"]', "line 1: it is not JSON like"), ('{"text": 5}', "line 1: it is not JSON like"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("lines", "complaint"), [
+    ('{"text": "one two"}\n{"text": "one"}', "line 2: its text has no word before the last one"),
+    ('\n{"text": ""}', "line 2: its text"), ("\n\n", "no passages"), ("[" * 100_000, "it is not JSON like"),
+    ("not JSON", "line 1: it is not JSON like"), ('{"txt": "one two"}', "line 1: it is not JSON like"),
+    ('["one two"]', "line 1: it is not JSON like"), ('{"text": 5}', "line 1: it is not JSON like"),
+])  # fmt: skip
 def test_a_line_that_is_no_passage_is_named(tmp_path, lines, complaint):
     (tmp_path / "passages.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=complaint):
@@ -270,36 +249,47 @@ def evaluate(*arguments, model=BUNDLED, **options):
 
 def test_a_text_of_two_documents_is_measured(shakespeare):
     encoder, hparams, params = shakespeare
-    content = f"{10 * LINE}{END_OF_TEXT}\n{10 * LINE}"
+    content = f"{10 * LINE}{END_OF_TEXT}\n{10 * LINE}né\n"
     data = b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode()
     status, out, err = evaluate("-", "--stride", 100, stdin=None, input=data)
-    ids = [*encoder.encode(10 * LINE), encoder.eot_id, *encoder.encode("\n" + 10 * LINE)]
+    ids = [*encoder.encode(10 * LINE), encoder.eot_id, *encoder.encode(f"\n{10 * LINE}né\n")]
     losses = text_losses(ids, params, hparams["n_head"], 100)
+    expected = measures(losses.sum(), len(losses), len(content) + 1, len(content), 162)
     sizes, *lines = out.splitlines()
     assert (status, err, len(lines)) == (0, "", 5)
-    assert sizes == f"{len(ids):,} tokens, {len(content)} bytes, {len(content)} characters, 161 words"
-    for line, (name, value) in zip(lines, measures(content, losses).items(), strict=True):
+    assert sizes == f"{len(ids):,} tokens, {len(content) + 1} bytes, {len(content)} characters, 162 words"
+    for line, (name, value) in zip(lines, expected.items(), strict=True):
         assert line.startswith(name)
         assert float(line[len(name) :].replace(",", "")) == pytest.approx(value, abs=6e-4)
 
 
 def test_bytes_that_are_no_text_are_replaced_on_demand(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"one\ntwo caf\xe9 three")
-    status, out, err = evaluate(tmp_path / "latin.txt")
+    status, out, err = evaluate(tmp_path / "latin.txt", model="no model: the text is read first")
     assert (status, out, "convert it; or go on with --errors replace" in err) == (1, "", True)
     status, out, _ = evaluate(tmp_path / "latin.txt", "--errors", "replace")
     assert (status, "18 characters" in out) == (0, True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["text"], "one token has no loss"), (["text", "--errors=ignore"], "errors must be strict or replace"),
-        (["text", "--stride=0"], "1 or more, not 0"), (["text", "--stride=nan"], "1 or more, not nan"),
-        (["text", "--stride=much"], "1 or more, not 'much'"), (["text", "--stride=257"], "from 1 to 256"),
-        (["choose", "a", "b", ""], "an option is empty"), (["choose", "a", "many words " * 300], "shorten it"),
-    ],
-)  # fmt: skip
+def test_a_text_of_any_size_takes_the_same_memory(tmp_path, monkeypatch, capsys, shakespeare):
+    monkeypatch.setattr(terminal, "PIECE", 2**16)
+    monkeypatch.setattr(module, "token_losses", lambda ids, params, n_head, n_scored: np.ones((len(ids), n_scored)))
+    monkeypatch.setattr(module, "load_encoder_hparams_and_params", lambda *_: shakespeare)
+    (tmp_path / "text").write_text(LINE * 50_000)
+    tracemalloc.start()
+    module.show_text(str(tmp_path / "text"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6, "the ids of the whole text would be 4 MB as a list, its words 20"
+    assert "1,750,000 bytes, 1,750,000 characters, 400,000 words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["text"], "one token has no loss"), (["text", "--errors=ignore"], "errors must be strict or replace"),
+    (["text", "--stride=0"], "1 or more, not 0"), (["text", "--stride=nan"], "1 or more, not nan"),
+    (["text", "--stride=much"], "1 or more, not 'much'"), (["text", "--stride=257"], "from 1 to 256"),
+    (["choose", "a", "b", ""], "an option is empty"), (["choose", "a", "many words " * 300], "shorten it"),
+])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, arguments, complaint):
     (tmp_path / "text").write_text("a")
     status, out, err = evaluate(*arguments, cwd=tmp_path)
@@ -313,8 +303,7 @@ def test_weights_that_are_no_numbers_are_said_to_be_damaged(tmp_path, tiny_param
     passages.write_text('{"text": "one two"}')
     for arguments in ([passages], ["choose", "a", "b"], ["last_word", passages]):
         status, out, err = evaluate(*arguments, model=directory)
-        assert (status, out) == (1, "")
-        assert "not finite" in err.splitlines()[-1]
+        assert (status, out, "not finite" in err.splitlines()[-1]) == (1, "", True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
@@ -343,11 +332,11 @@ def test_choose_sorts_the_options_and_shows_them_as_they_were_scored(shakespeare
 
 
 def test_last_word_counts_what_is_right(tmp_path):
-    path = tmp_path / "passages.jsonl"
-    path.write_text('{"text": "My lord, I will not"}\n\n{"text": "My lord, I will xylophone"}\n')
+    path = tmp_path / "passages.jsonl"  # a line separator of Unicode ends no line
+    lines = '{"text": "My lord, I will not"}\n\n{"text": "My lord,\u2028I will xylophone"}\n'
+    path.write_text(lines, encoding="utf-8")
     status, out, err = evaluate("last_word", path)
-    assert (status, err) == (0, "")
-    assert "50.00%  (1 of 2 last words)" in out
+    assert (status, err, "50.00%  (1 of 2 last words)" in out) == (0, "", True)
 
 
 def test_help_shows_the_verbs_and_the_flags_of_the_first():

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ def test_layer_norm_has_mean_b_and_deviation_g():
     # A constant row has no deviation: eps keeps it from dividing by zero, and is inside the root.
     assert layer_norm(np.full((1, 2), 7, np.float32), g=1, b=0).tolist() == [[0, 0]]
     assert layer_norm(np.array([[-1.0, 1.0]]), g=1, b=0, eps=3)[0, 1] == 0.5
+    assert layer_norm(np.array([[-1e-3, 1e-3]]), g=1, b=0)[0, 1] == pytest.approx(1e-3 / math.sqrt(1e-6 + 1e-5))
 
 
 def test_linear_is_one_product_for_all_leading_axes():
@@ -64,10 +66,10 @@ def test_linear_is_one_product_for_all_leading_axes():
     np.testing.assert_allclose(linear(x[0, 0], w, b), x[0, 0] @ w + b)
 
 
-def test_attention_sees_no_position_after_its_own():
+@pytest.mark.parametrize("mask", [(1 - np.tri(6)) * -1e10, module.causal_mask(6, np.dtype(float))], ids=["1e10", "inf"])
+def test_attention_sees_no_position_after_its_own(mask):
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 6, 8))
-    mask = (1 - np.tri(6)) * -1e10
     whole = attention(q, k, v, mask)
     for i in range(6):
         weights = np.exp(q[i] @ k[: i + 1].T / math.sqrt(8))
@@ -90,11 +92,10 @@ def test_a_product_of_few_rows_is_that_of_many(n_rows):
     assert module.matmul(x[:, None], w).shape == (n_rows, 1, 7)
 
 
-def test_functions_take_whole_numbers_as_the_blog_post_shows():
+@pytest.mark.parametrize("function", [softmax, gelu, partial(layer_norm, g=1, b=0)])
+def test_functions_take_whole_numbers_as_the_blog_post_shows(function):
     x = np.array([[2, 100], [-5, 0]])
-    np.testing.assert_allclose(softmax(x), softmax(x.astype(float)))
-    np.testing.assert_allclose(gelu(x), gelu(x.astype(float)))
-    np.testing.assert_allclose(layer_norm(x, 1, 0), layer_norm(x.astype(float), 1, 0))
+    np.testing.assert_allclose(function(x), function(x.astype(float)))
 
 
 def test_mha_is_each_head_on_its_own(tiny_params):
@@ -135,10 +136,11 @@ def test_float32_stays_float32_in_every_function(tiny_params, ids):
         "hidden_states": hidden_states(ids, **tiny_params, n_head=N_HEAD),
         "prefill": module.prefill(ids[:8], tiny_params, N_HEAD, cache), "new_cache": cache["kv"],
         "to_logits": module.to_logits(x, **tiny_params), "gpt2": gpt2(ids, **tiny_params, n_head=N_HEAD),
+        "causal_mask": module.causal_mask(5, x.dtype),  # it is cached, and so none of the functions
     }  # fmt: skip
-    not_arrays = {"check_ids", "stream", "generate", "main"}
+    not_arrays = {"check_ids", "check_heads", "stream", "generate", "main"}
     functions = {name for name, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == "gpt2"}
-    assert functions - not_arrays == set(results), "a function that this test does not know"
+    assert functions - not_arrays == results.keys() - {"causal_mask"}, "a function that this test does not know"
     assert {name: array.dtype for name, array in results.items()} == dict.fromkeys(results, np.dtype(np.float32))
 
 
@@ -231,30 +233,59 @@ def test_batched_equals_one_at_a_time(tiny_params):
 def test_a_full_cache_refuses_more(tiny_params):
     cache = new_cache(tiny_params, N_HEAD, 4)
     gpt2([1, 2, 3], **tiny_params, n_head=N_HEAD, cache=cache)
-    with pytest.raises(ValueError, match="room for 1"):
-        gpt2([4, 5], **tiny_params, n_head=N_HEAD, cache=cache)
-    with pytest.raises(ValueError, match="room for 1"):
-        module.prefill([4, 5], tiny_params, N_HEAD, cache)
+    for compute in (partial(gpt2, **tiny_params), partial(module.prefill, params=tiny_params)):
+        with pytest.raises(ValueError, match="room for 1"):
+            compute([4, 5], n_head=N_HEAD, cache=cache)
     assert cache["n_past"] == 3
-    for n_positions in (0, 1.5, N_CTX + 1):
-        with pytest.raises(ValueError, match="n_positions must be"):
-            new_cache(tiny_params, N_HEAD, n_positions)
+
+
+@pytest.mark.parametrize("n_past", [-3, -1, 3, 32, 40, 2.0, None, True, "1"])
+def test_a_cache_whose_n_past_is_not_what_was_filled_is_refused(tiny_params, n_past):
+    cache = new_cache(tiny_params, N_HEAD, N_CTX)
+    gpt2([1, 2], **tiny_params, n_head=N_HEAD, cache=cache)
+    cache["n_past"] = n_past
+    for compute in (partial(gpt2, **tiny_params), partial(module.prefill, params=tiny_params)):
+        with pytest.raises(ValueError, match=f"the cache's n_past must be a whole number from 0 to 2, not {n_past!r}"):
+            compute([3, 4], n_head=N_HEAD, cache=cache)
+
+
+@pytest.mark.parametrize(("options", "complaint"), [
+    *(({"n_head": n_head}, "n_head must be") for n_head in (0, -4, 4.0, None, True, "4", 49)),
+    ({"n_head": 5}, "n_head = 5 does not divide the model's n_embd = 48"),
+    *(({"n_batch": n_batch}, "n_batch must be") for n_batch in (0, -1, 1.0, True)),
+    *(({"n_positions": n_positions}, "n_positions must be") for n_positions in (0, 1.5, N_CTX + 1)),
+    ({"n_batch": 10**30}, "n_batch = 1000.* takes [0-9,.]+ GB of memory, and this machine has [0-9,.]+: choose less"),
+])  # fmt: skip
+def test_a_cache_that_no_model_has_is_refused(tiny_params, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        new_cache(tiny_params, **{"n_head": N_HEAD, "n_positions": 8} | options)
+    if "n_head" in options:
+        with pytest.raises(ValueError, match=complaint):
+            gpt2([1], **tiny_params, **options)
+
+
+def test_a_position_does_not_depend_on_later_ones_however_large_the_scores(tiny_params, ids):
+    params = map_leaves(lambda path, array: array * np.float32(1e6 if "c_attn" in path else 1), tiny_params)
+    whole, changed = (gpt2(inputs, **params, n_head=N_HEAD) for inputs in (ids, [*ids[:10], *ids[:9:-1]]))
+    assert np.isfinite(whole).all() and not np.array_equal(whole[10:], changed[10:])
+    np.testing.assert_array_equal(whole[:10], changed[:10])
+    cache = new_cache(params, N_HEAD, N_CTX)
+    steps = [gpt2(ids[i : i + 4], **params, n_head=N_HEAD, cache=cache) for i in range(0, 20, 4)]
+    assert_close(np.concatenate(steps), whole)
 
 
 def test_weights_and_inputs_are_never_written_to(tiny_params, ids):
-    frozen = map_leaves(lambda path, array: array.copy(), tiny_params)
-    map_leaves(lambda path, array: array.setflags(write=False), frozen)
-    inputs = np.array(ids)
-    inputs.setflags(write=False)
+    frozen, inputs, before = map_leaves(lambda path, array: array.copy(), tiny_params), np.array(ids), list(ids)
+    map_leaves(lambda path, array: array.setflags(write=False), {"inputs": inputs, **frozen})
     assert generate(inputs, frozen, N_HEAD, 3) == generate(ids, tiny_params, N_HEAD, 3)
-    before = list(ids)
     generate(ids, tiny_params, N_HEAD, 3, temperature=1)
     assert ids == before
 
 
-@pytest.mark.parametrize(
-    "inputs", [[], [0.5], 3, [-1], [N_VOCAB], ["a"], [None], [[]], [True], range(N_CTX + 1), [10**30]], ids=str
-)
+NO_IDS = [[], [0.5], 3, [-1], [N_VOCAB], ["a"], [None], [[]], [True], range(N_CTX + 1), [10**30]]
+
+
+@pytest.mark.parametrize("inputs", NO_IDS, ids=str)
 @pytest.mark.parametrize("function", [gpt2, hidden_states])
 def test_inputs_that_are_no_token_ids_are_refused(tiny_params, function, inputs):
     with pytest.raises(ValueError, match=r"token"):
@@ -291,14 +322,8 @@ def test_a_prompt_may_have_any_type_of_whole_number(tiny_params, dtype):
 
 
 def test_a_step_past_the_context_reuses_the_cache(tiny_params, ids, monkeypatch):
-    lengths = []
-    original = module.prefill
-
-    def counted(inputs, *args):
-        lengths.append(np.shape(inputs)[-1])
-        return original(inputs, *args)
-
-    monkeypatch.setattr(module, "prefill", counted)
+    lengths, fill = [], module.prefill
+    monkeypatch.setattr(module, "prefill", lambda ids, *args: (lengths.append(np.shape(ids)[-1]), fill(ids, *args))[1])
     generate(ids, tiny_params, N_HEAD, N_CTX)
     n_after_drop = N_CTX + 1 - N_CTX // 2
     assert lengths[: N_CTX - 20 + 2] == [20] + [1] * (N_CTX - 20) + [n_after_drop]
@@ -307,10 +332,8 @@ def test_a_step_past_the_context_reuses_the_cache(tiny_params, ids, monkeypatch)
 
 def test_all_tokens_are_made_unless_there_is_an_eot_id(tiny_params, ids):
     made = generate(ids, tiny_params, N_HEAD, 10)
-    assert len(made) == 10
-    end = made[4]
-    assert generate(ids, tiny_params, N_HEAD, 10, eot_id=end) == made[: made.index(end)]
-    assert generate(ids, tiny_params, N_HEAD, 0) == []
+    assert (len(made), generate(ids, tiny_params, N_HEAD, 0)) == (10, [])
+    assert generate(ids, tiny_params, N_HEAD, 10, eot_id=made[4]) == made[: made.index(made[4])]
 
 
 def test_sequences_of_a_batch_end_on_their_own(tiny_params):
@@ -344,7 +367,8 @@ def test_padding_of_the_vocabulary_is_never_chosen(tiny_params, ids):
 @pytest.mark.parametrize(("inputs", "options"), [
     ([1], {"n_tokens_to_generate": -1}), ([1], {"n_tokens_to_generate": 1.5}), ([1], {"n_tokens_to_generate": "3"}),
     ([1], {"temperature": -1}), ([1], {"top_p": 0}), ([1], {"n_samples": 0}), ([1], {"n_samples": 1.5}),
-    ([1], {"n_vocab": 0}), ([1], {"n_vocab": -1}), ([[1]], {"n_samples": 2}), ([[[1]]], {}), (range(N_CTX + 1), {}),
+    ([1], {"n_vocab": 0}), ([1], {"n_vocab": -1}), ([[1]], {"n_samples": 2}), ([[[1]]], {}),
+    (range(N_CTX + 1), {}), ([1], {"n_samples": 10**30}),
 ])  # fmt: skip
 def test_generation_refuses_what_makes_no_sense(tiny_params, inputs, options):
     with pytest.raises(ValueError):

@@ -1,17 +1,22 @@
 """int8 weights answer as the arrays they stand for, and are mapped from a file that is never stale."""
 
-import contextlib
+import json
 import os
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gpt2 import generate, gpt2, new_cache
-from helpers.models import BUNDLED, TINY, random_params, write_model
-from helpers.processes import as_any_user, error_line, run
+from helpers.models import BUNDLED, TINY, assert_same_params, random_params, write_model
+from helpers.processes import as_any_user, error_line, run, run_code
+from store.checkpoint import CHECKPOINT_INDEX
+from store.params import flatten, map_leaves
 from store.tensors import WEIGHTS
 from test_shakespeare import HELD_OUT_LOSS, PARAGRAPH, PARAGRAPH_LOSS, nats_per_character, shakespeare_text
+from test_utils import STATES
 from utils import load_encoder_hparams_and_params
 
 pytest.importorskip("numba", reason="Numba is not installed: pip install -r requirements-fast.txt")
@@ -41,14 +46,9 @@ def test_a_row_is_the_nearest_multiples_of_a_127th_of_its_largest_number():
     error = np.abs(quantized * scale[:, None] - rows)
     assert np.all(error <= scale[:, None] * 0.5001)
     assert np.array_equal(np.abs(quantized).max(axis=1), np.where(np.isin(np.arange(2000), (5, 6)), 0, 127))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_are_refused(bad):
-    rows = normal(3, 4)
-    rows[1, 2] = bad
-    with pytest.raises(ValueError, match="infinite or NaN"):
-        quantize_rows(rows)
+    for rows[1, 2] in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            quantize_rows(rows)
 
 
 @pytest.mark.parametrize("n_out", [1, 7, 8, 300, 1605])
@@ -73,11 +73,8 @@ def test_a_table_answers_rows_and_its_transpose():
     np.testing.assert_array_equal(wte.T[2], np.asarray(wte)[:, 2])
     np.testing.assert_allclose(wte[ids], table[ids], atol=np.abs(table).max() / 127)
     np.testing.assert_allclose(normal(2, 300) @ wte, normal(2, 300) @ np.asarray(wte))
-
-
-def test_a_product_of_shapes_that_do_not_fit_is_refused():
     with pytest.raises(ValueError, match="cannot be multiplied"):
-        normal(2, 47) @ Int8(*quantize_rows(normal(300, 48))).T
+        normal(2, 47) @ wte.T
 
 
 def test_the_model_does_not_know(tiny_params):
@@ -98,32 +95,21 @@ def test_each_matrix_takes_a_quarter_of_the_bytes(shakespeare):
         assert after[name][part]["w"].rows.nbytes < 0.27 * before[name][part]["w"].nbytes
 
 
-def last_tenth_of_shakespeare():
-    text = shakespeare_text()
-    return text[len(text) * 9 // 10 :]
-
-
 @pytest.mark.parametrize(("read", "expected"), [
     (lambda: PARAGRAPH, PARAGRAPH_LOSS),
-    pytest.param(last_tenth_of_shakespeare, HELD_OUT_LOSS, marks=pytest.mark.slow),
+    pytest.param(lambda: (text := shakespeare_text())[len(text) * 9 // 10 :], HELD_OUT_LOSS, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_loss_of_the_bundled_model_changes_by_less_than_half_a_percent(shakespeare, read, expected):
     encoder, hparams, params = shakespeare
     assert nats_per_character(read(), encoder, hparams, quantize(params)) == pytest.approx(expected, rel=0.005)
 
 
-def assert_same(found, expected):
-    found, expected = ({n: np.asarray(a) for n, a in module.tensors_of(params).items()} for params in (found, expected))
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
-
-
 def test_the_file_is_made_once_and_then_mapped(tiny, monkeypatch):
     directory, params = tiny
-    assert_same(map_quantized(directory, params), quantize(params))
-    monkeypatch.setattr(module, "quantize", lambda params: pytest.fail("it does the work once more"))
+    assert_same_params(map_quantized(directory, params), quantize(params))
+    monkeypatch.setattr(module, "save_tensors", lambda *args: pytest.fail("it does the work once more"))
     mapped = map_quantized(directory, params)
-    assert_same(mapped, quantize(params))
+    assert_same_params(mapped, quantize(params))
     with pytest.raises(ValueError, match="read-only"):
         mapped["wte"].rows[0] = 0
 
@@ -133,10 +119,12 @@ def test_other_weights_make_it_anew_even_if_their_file_has_the_same_size_and_tim
     directory, params = tiny
     os.utime(directory / WEIGHTS, (1, time_before))
     map_quantized(directory, params)
-    write_model(directory, params=random_params(TINY, seed=1))
-    os.utime(directory / WEIGHTS, (1, 1))
-    params = load_encoder_hparams_and_params(str(directory))[2]
-    assert_same(map_quantized(directory, params), quantize(params))
+    for changed in flatten(params, str):  # one tensor after another has the opposite sign, and so the same norm
+        params = map_leaves(lambda path, array, changed=changed: -array if str(path) == changed else array, params)
+        write_model(directory, params=params)
+        os.utime(directory / WEIGHTS, (1, 1))
+        _, _, mapped = load_encoder_hparams_and_params(str(directory))
+        assert_same_params(map_quantized(directory, mapped), quantize(params))
 
 
 def test_without_a_directory_to_cache_in_it_is_compiled_all_the_same(monkeypatch):
@@ -152,7 +140,7 @@ def test_without_a_directory_to_cache_in_it_is_compiled_all_the_same(monkeypatch
 
 
 def with_tensor(name, change):
-    """A function that writes a file of int8 weights anew, with one of its tensors changed."""
+    """A function that writes a file of int8 weights anew, with one tensor changed."""
 
     def write(path):
         tensors, metadata = module.map_tensors(path)
@@ -162,9 +150,7 @@ def with_tensor(name, change):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda path: os.truncate(path, path.stat().st_size - 1),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(b"{" * 99),
+    *(damage for state, damage in STATES.items() if state != "a directory"),
     with_tensor("wte.weight", lambda rows: rows[:-1]),
     with_tensor("wte.weight.scale", lambda scale: scale[0]),
     with_tensor("wte.weight.scale", lambda scale: scale[:, None]),
@@ -174,33 +160,24 @@ def test_a_file_that_is_damaged_or_does_not_fit_is_made_anew(tiny, damage):
     directory, params = tiny
     map_quantized(directory, params)
     damage(directory / INT8_WEIGHTS)
-    assert_same(map_quantized(directory, params), quantize(params))
-    assert_same(module.from_tensors(params, module.map_tensors(directory / INT8_WEIGHTS)[0]), quantize(params))
+    assert_same_params(map_quantized(directory, params), quantize(params))
+    assert_same_params(module.from_tensors(params, module.map_tensors(directory / INT8_WEIGHTS)[0]), quantize(params))
 
 
-def test_where_it_cannot_be_written_the_weights_stay_in_memory(tiny, monkeypatch, capsys):
-    def fails(path, *args):
-        raise OSError(f"{path} could not be written: the disk is full")
-
-    monkeypatch.setattr(module, "save_tensors", fails)
-    assert_same(map_quantized(*tiny), quantize(tiny[1]))
+def test_where_it_cannot_be_written_the_weights_stay_in_memory(tiny, capsys):
+    (tiny[0] / INT8_WEIGHTS).mkdir()
+    assert_same_params(map_quantized(*tiny), quantize(tiny[1]))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "int8" in line and "the disk is full" in line
+    assert f"{INT8_WEIGHTS} could not be written" in line
 
 
 def test_what_another_process_makes_meanwhile_is_taken(tiny, monkeypatch):
     directory, params = tiny
     expected = map_quantized(directory, params)
     hidden = (directory / INT8_WEIGHTS).rename(directory / "hidden")
-
-    @contextlib.contextmanager
-    def locked(home):  # as long as this one waits, another one works
-        hidden.rename(home / INT8_WEIGHTS)
-        yield
-
-    monkeypatch.setattr(module, "locked", locked)
-    monkeypatch.setattr(module, "quantize", lambda params: pytest.fail("it does the work once more"))
-    assert_same(map_quantized(directory, params), expected)
+    monkeypatch.setattr(module, "locked", lambda home: nullcontext(hidden.rename(home / INT8_WEIGHTS)))
+    monkeypatch.setattr(module, "save_tensors", lambda *args: pytest.fail("it does the work once more"))
+    assert_same_params(map_quantized(directory, params), expected)
 
 
 def test_in_a_read_only_directory_the_file_goes_to_the_users_cache(permissions, tmp_path, monkeypatch):
@@ -228,13 +205,57 @@ def test_the_command_line_generates_with_int8(tmp_path, shakespeare):
         assert (model / INT8_WEIGHTS).is_file()
 
 
-def test_other_kinds_are_refused_by_name():
-    line = error_line(run("gpt2.py", "a", "--model_size=shakespeare", "--quantize=int4"))
-    assert line == "gpt2.py: quantize must be int8, not 'int4'"
-
-
-def test_without_numba_one_line_says_what_to_install(tmp_path):
+@pytest.mark.parametrize(("kind", "complaint"), [
+    ("int4", "quantize must be int8, not 'int4'"), ("int8", "pip install -r requirements-fast.txt"),
+])  # fmt: skip
+def test_other_kinds_are_refused_by_name_and_without_numba_one_line_says_what_to_install(tmp_path, kind, complaint):
     (tmp_path / "numba.py").write_text("raise ImportError('not here')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    line = error_line(run("gpt2.py", "a", "--model_size=shakespeare", "--quantize=int8", env=env))
-    assert "pip install -r requirements-fast.txt" in line
+    assert complaint in error_line(run("gpt2.py", "a", "--model_size=shakespeare", f"--quantize={kind}", env=env))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on POSIX only")
+def test_a_process_forked_after_a_product_computes_the_same(tiny_model):
+    code = """if True:
+        import multiprocessing, sys, gpt2, utils, numpy as np
+        params = utils.load_encoder_hparams_and_params(sys.argv[1], quantize="int8")[2]
+        compute = lambda: np.concatenate([gpt2.gpt2(range(n), **params, n_head=4) for n in (1, 20)])
+        expected = compute()
+        compare = lambda: np.testing.assert_allclose(compute(), expected, atol=1e-4)
+        process = multiprocessing.get_context("fork").Process(target=compare)
+        process.start()
+        process.join()
+        compare()
+        sys.exit(process.exitcode)
+    """
+    run_code(code, str(tiny_model), timeout=60)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_numba_compiles_ends_the_run(tmp_path):
+    code = """if True:
+        import os, signal, threading, numpy as np
+        from engine.int8 import Int8, quantize_rows
+        w = Int8(*quantize_rows(np.ones((300, 48), np.float32)), transposed=True)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            np.ones((1, 48), np.float32) @ w
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    assert run_code(code, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}, timeout=60) == "stopped\n"
+
+
+@pytest.mark.slow
+def test_without_room_for_both_the_checkpoint_becomes_int8_at_once(released, tmp_path, monkeypatch, capfd):
+    directory = shutil.copytree(released / "124M", tmp_path / "mine")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000))
+    for n_made in (1, 0):
+        params = load_encoder_hparams_and_params(str(directory), quantize="int8", verify=True)[2]
+        assert_same_params(params, quantize(random_params(TINY)))
+        assert capfd.readouterr().err.count("only int8 weights are made, as the disk has no room for") == n_made
+    assert not (directory / WEIGHTS).exists()
+    (directory / "hparams.json").write_text(json.dumps(TINY | {"n_layer": 3}))
+    (directory / CHECKPOINT_INDEX).unlink()
+    result = run("gpt2.py", "x", f"--model_size={directory}", "--quantize=int8")
+    assert f"{INT8_WEIGHTS} does not fit" in error_line(result)

@@ -11,12 +11,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt2 import generate
-from helpers.models import ROOT, TINY, random_params, write_model
+from helpers import huggingface_models as hf
+from helpers.models import LARGE, ROOT, TINY, random_params, write_checkpoint, write_model
 from helpers.processes import run, run_code, start
 from store.checkpoint import CHECKPOINT_FILES
+from store.huggingface import NAMES
+from store.params import checkpoint_name, flatten, map_leaves, param_shapes, tensor_name
 from store.tensors import WEIGHTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals and tmpfs are POSIX")]
@@ -124,6 +128,46 @@ def test_ten_thousand_generations_take_no_more_memory_than_one_thousand(tiny_mod
     """
     early, late = map(int, run_code(code, str(tiny_model)).split())
     assert late - early < 3e6, "the memory of words alone may grow by some of that"
+
+
+WORK = {  # on a LARGE model: its layout, and megabytes for a tensor, the libraries' buffers and threads
+    "int8 of float32": ("ours", 60, 'load(source, quantize="int8")'),
+    "int8 of float16": ("hugging face", 60, 'load(source, quantize="int8")'),
+    "an export": ("ours", 60, "export.main(source, target)"),
+    "an export of float16": ("hugging face", 60, "export.main(source, target)"),
+    "a conversion": ("checkpoint", 120, "os.chdir(source); checkpoint.convert(Path(target))"),
+    "a conversion to int8": ("checkpoint", 120, "os.chdir(source); engine.int8.convert(Path(target))"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("work", WORK)
+def test_memory_is_taken_for_a_tensor_at_a_time_and_not_for_the_weights(tmp_path, work):
+    pytest.importorskip("numba", reason="Numba is not installed")
+    layout, megabytes, code = WORK[work]
+    zeros = map_leaves(lambda path, shape: np.zeros(shape, np.float32), param_shapes(LARGE))
+    if layout == "checkpoint":
+        write_checkpoint(tmp_path / "source", flatten(zeros, checkpoint_name), LARGE)
+        (tmp_path / "target").touch()
+    elif layout == "ours":
+        write_model(tmp_path / "source", LARGE, zeros)
+    else:
+        config = {theirs: LARGE[ours] for ours, theirs in NAMES.items()} | {"scale_attn_by_inverse_layer_idx": True}
+        halves = map_leaves(lambda path, array: array.astype(np.float16), zeros)
+        hf.write(tmp_path / "source", config, hf.prefixed(flatten(halves, tensor_name)))
+    code = f"""if True:
+        import os, re, resource, sys, engine.int8, export, safetensors
+        from pathlib import Path
+        from store import checkpoint
+        from utils import load_encoder_hparams_and_params as load
+        {"import tensorflow.compat.v1.train" * (layout == "checkpoint")}
+        source, target = sys.argv[1:]
+        kilobytes = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (1024 * kilobytes + {megabytes} * 10**6,) * 2)
+        {code}
+    """
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    run_code(code, str(tmp_path / "source"), str(tmp_path / "target"), env=env, timeout=300)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="shared pages are read from /proc")

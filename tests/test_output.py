@@ -7,7 +7,7 @@ import pytest
 from show.output import check_out, writing
 
 
-@pytest.mark.parametrize("out", ["", ".", "..", "directory", "pipe"])
+@pytest.mark.parametrize("out", ["", ".", "..", "directory", "pipe", "new/", "none/.."])
 def test_what_is_no_file_is_refused_and_never_replaced(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
@@ -21,6 +21,10 @@ def test_a_new_file_and_an_old_one_are_fine_but_not_in_a_directory_that_is_missi
     (tmp_path / "old").touch()
     for name in ("old", "new"):
         check_out(str(tmp_path / name))
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("loop", "Too many levels"), ("x" * 300, "File name too long"), ("old/x", "Not a directory")):
+        with pytest.raises(OSError, match=f"{reason}.*{name}"):
+            check_out(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match=r"none/new could not be written: there is no directory .*none"):
         check_out(str(tmp_path / "none" / "new"))
 

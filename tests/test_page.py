@@ -103,7 +103,7 @@ def reference(logits, temperature, top_k, top_p):
 
 def test_the_text_is_shown_as_tokens_with_their_surprisal(open_page, traced, tiny_encoder):
     page = open_page()
-    assert page.title() == "Inside tiny"
+    assert (page.title(), page.locator("#tokens br").count()) == ("Inside tiny", PROMPT.count("\n"))
     assert page.locator("#tokens .token").all_text_contents() == token_labels(traced["ids"], tiny_encoder)
     titles = page.eval_on_selector_all("#tokens .token", "tokens => tokens.map(token => token.title)")
     bits = surprisal(traced["ids"], traced["logits"])
@@ -111,7 +111,6 @@ def test_the_text_is_shown_as_tokens_with_their_surprisal(open_page, traced, tin
     summary = page.inner_text("#summary")
     assert f"{bits.mean():.2f} bits each on average" in summary
     assert f"as between {2 ** bits.mean():.1f} equally likely tokens (its perplexity)" in summary
-    assert page.locator("#tokens br").count() == PROMPT.count("\n")
 
 
 def opacities(page, selector):
@@ -238,11 +237,10 @@ def test_the_sliders_change_what_is_shown_and_can_be_set_back(open_page, traced)
     assert page.locator("#next tr.out").count() >= 189
     choose(page, len(traced["ids"]) - 1)
     slide(page, temperature=0)
-    assert page.inner_text("#temperature-value") == "0 (the likeliest only)"
-    assert page.inner_text("#kept") == "Drawn from 1 token."
+    shown = [page.inner_text(name) for name in ("#temperature-value", "#kept")]
+    assert shown == ["0 (the likeliest only)", "Drawn from 1 token."]
     page.click("#reset")
-    assert rows(page, "#next") == before
-    assert page.inner_text("#kept") == "Drawn from all 300 tokens."
+    assert (rows(page, "#next"), page.inner_text("#kept")) == (before, "Drawn from all 300 tokens.")
 
 
 def test_equal_logits_are_kept_or_ruled_out_together_by_top_k(open_data):
@@ -295,14 +293,10 @@ def test_all_can_be_done_with_the_keyboard(open_page, traced):
     assert f"Position {len(traced['ids']) - 2}:" in page.inner_text("#chosen")
     outline = "getComputedStyle(document.querySelector('#tokens input:checked + .token')).outlineStyle"
     assert page.evaluate(outline) == "solid"
-    page.locator("#top-k").focus()
-    page.keyboard.press("ArrowRight")
-    assert page.inner_text("#top-k-value") == "1"
-    page.locator("#layer").focus()
-    page.keyboard.press("ArrowDown")
-    assert page.input_value("#layer") == "1"
-    page.locator("summary").focus()
-    page.keyboard.press("Enter")
+    for control, key in (("#top-k", "ArrowRight"), ("#layer", "ArrowDown"), ("summary", "Enter")):
+        page.locator(control).focus()
+        page.keyboard.press(key)
+    assert (page.inner_text("#top-k-value"), page.input_value("#layer")) == ("1", "1")
     assert page.locator("#weights tr").first.is_visible()
 
 
@@ -312,8 +306,7 @@ def test_any_text_stays_text(open_data, shakespeare, prompt):
     ids = encoder.encode(prompt)
     page, _ = open_data(ids, params, hparams["n_head"], encoder, model=HOSTILE)
     assert page.locator("#tokens .token").all_text_contents() == token_labels(ids, encoder)
-    assert page.inner_text("h1") == f"Inside {HOSTILE}"
-    assert page.locator("img, b").count() == 0
+    assert (page.inner_text("h1"), page.locator("img, b").count()) == (f"Inside {HOSTILE}", 0)
     assert page.evaluate("window.hurt === undefined")
 
 
@@ -343,5 +336,4 @@ def test_a_report_of_64_tokens_at_the_shape_of_124m_is_below_2_mb(open_data, gpt
     ids = np.random.default_rng(0).integers(0, 50257, 64).tolist()
     page, size = open_data(ids, random_params(hparams), 12, gpt2_encoder)
     assert 10**6 < size < 2 * 10**6
-    assert page.locator("#tokens .token").count() == 64
-    assert page.locator("#heads article").count() == 12
+    assert [page.locator(shown).count() for shown in ("#tokens .token", "#heads article")] == [64, 12]

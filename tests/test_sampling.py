@@ -31,15 +31,13 @@ def brute_force_top_p(logits, top_p):
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    assert greedy(LOGITS) == 1
-    assert sample(LOGITS, np.random.default_rng(0)) == 1
+    assert greedy(LOGITS) == sample(LOGITS, np.random.default_rng(0)) == 1
     assert kept(apply_temperature(LOGITS, 0)) == {1}
 
 
 def test_temperature_divides_the_logits():
-    np.testing.assert_allclose(
-        to_probabilities(apply_temperature(LOGITS, 0.5)), to_probabilities(LOGITS.astype(np.float64) / 0.5), rtol=1e-6
-    )
+    found, expected = (to_probabilities(x) for x in (apply_temperature(LOGITS, 0.5), LOGITS.astype(np.float64) / 0.5))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @given(arrays(np.float32, st.integers(1, 40), elements=st.floats(-20, 20, width=32) | LEVELS), st.integers(1, 45))
@@ -134,20 +132,15 @@ def test_logits_that_are_not_numbers_are_refused():
         sample(np.array([1, np.nan, 2], dtype=np.float32), np.random.default_rng(0))
 
 
-@pytest.mark.parametrize(
-    "filtered",
-    [apply_temperature(LOGITS, 0.3), apply_temperature(LOGITS, 0), apply_top_k(LOGITS, 2), apply_top_p(LOGITS, 0.5)],
-)
-def test_the_filters_keep_float32(filtered):
-    assert filtered.dtype == np.float32
+def test_the_filters_keep_float32():
+    for keep, value in ((apply_temperature, 0.3), (apply_temperature, 0), (apply_top_k, 2), (apply_top_p, 0.5)):
+        assert keep(LOGITS, value).dtype == np.float32
 
 
 @pytest.mark.parametrize(("options", "named"), [
-    ((-0.1, 0, 1, None), "temperature"), ((float("nan"), 0, 1, None), "temperature"),
-    ((float("inf"), 0, 1, None), "temperature"), (("warm", 0, 1, None), "temperature"),
-    ((True, 0, 1, None), "temperature"), ((1, -1, 1, None), "top_k"), ((1, 1.5, 1, None), "top_k"),
-    ((1, 0, 0, None), "top_p"), ((1, 0, 1.1, None), "top_p"), ((1, 0, None, None), "top_p"),
-    ((1, 0, 1, -1), "seed"), ((1, 0, 1, "x"), "seed"),
+    *(((value, 0, 1, None), "temperature") for value in (-0.1, float("nan"), float("inf"), "warm", True)),
+    *(((1, value, 1, None), "top_k") for value in (-1, 1.5)), *(((1, 0, 1, value), "seed") for value in (-1, "x")),
+    *(((1, 0, value, None), "top_p") for value in (0, 1.1, None)),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_named(options, named):
     with pytest.raises(ValueError, match=named):

@@ -40,13 +40,6 @@ def nats_per_character(text, encoder, hparams, params):
     return sum(reference_losses(ids[i : i + n_ctx + 1], params, n_head).sum() for i in starts) / len(text)
 
 
-def test_it_is_small_and_has_a_real_context(shakespeare):
-    encoder, hparams, _ = shakespeare
-    assert (BUNDLED / "model.safetensors").stat().st_size <= 8_500_000
-    assert hparams["n_ctx"] >= 256
-    assert len(encoder.encoder) == hparams["n_vocab"]
-
-
 def test_the_first_command_of_the_readme_works_offline_in_any_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
     shown = run("gpt2.py", "ROMEO:", "--model_size=shakespeare", "--n_tokens_to_generate=40", cwd=tmp_path)
@@ -58,7 +51,10 @@ def test_loss_on_a_paragraph_is_the_recorded_one(shakespeare):
     assert nats_per_character(PARAGRAPH, *shakespeare) == pytest.approx(PARAGRAPH_LOSS, abs=1e-3)
 
 
-def test_its_log_ends_with_the_training(shakespeare):
+def test_it_is_small_has_a_real_context_and_its_log_ends_with_the_training(shakespeare):
+    encoder, hparams, _ = shakespeare
+    assert (BUNDLED / "model.safetensors").stat().st_size <= 8_500_000
+    assert hparams["n_ctx"] >= 256 and len(encoder.encoder) == hparams["n_vocab"]
     steps = [line.split(",")[0] for line in (BUNDLED / "train.csv").read_text().splitlines()]
     assert (steps[0], steps[1], steps[-1]) == ("step", "0", "6500")
 
@@ -68,7 +64,8 @@ def test_loss_on_the_last_tenth_of_its_text_is_the_recorded_one(shakespeare):
     """As evaluate.py measures it, and its training did."""
     (encoder, hparams, params), text = shakespeare, shakespeare_text()
     text = text[len(text) * 9 // 10 :]
-    found = measures(text, text_losses(encoder.encode(text), params, hparams["n_head"]))
+    losses = text_losses(encoder.encode(text), params, hparams["n_head"])
+    found = measures(losses.sum(), len(losses), len(text.encode()), len(text), len(text.split()))
     assert found["nats per token"] == pytest.approx(3.3839, abs=1e-4)
     assert found["bits per character"] * math.log(2) == pytest.approx(HELD_OUT_LOSS, abs=1e-4)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from store.tensors import WEIGHTS, map_tensors, save_tensors, write_tensors
+from store.tensors import WEIGHTS, Lazy, map_tensors, save_tensors, verify, write_tensors
 
 
 def header_of(tensors, length=None):
@@ -27,13 +27,10 @@ def write(directory, header, data=bytes(32)):
 
 LIES = {
     "overlapping": {"a": tensor(0, 16), "b": tensor(8, 32)}, "a gap": {"a": tensor(0, 16), "b": tensor(20, 32)},
-    "overlapping, from the start": {"a": tensor(0, 16), "b": tensor(0, 32)}, "out of range": {"a": tensor(0, 64)},
-    "far out of range": {"a": tensor(0, 2**62)}, "before the start": {"a": tensor(-4, 32)},
+    "out of range": {"a": tensor(0, 64)}, "before the start": {"a": tensor(-4, 32)},
     "too few bytes for the shape": {"a": tensor(0, 32, [16])}, "a negative shape": {"a": tensor(0, 32, [-8])},
-    "a shape that overflows": {"a": tensor(0, 32, [2**32, 2**32])}, "an infinite shape": {"a": tensor(0, 32, [1e400])},
-    "a fractional shape": {"a": tensor(0, 32, [8.5])}, "no shape": {"a": {"dtype": "F32"}},
-    "an absurd length": header_of({"a": tensor(0, 32)}, length=2**63),
-    "a length beyond the file": header_of({"a": tensor(0, 32)}, length=2**20),
+    "a shape that overflows": {"a": tensor(0, 32, [2**32, 2**32])}, "no shape": {"a": {"dtype": "F32"}},
+    "a length beyond the file": header_of({"a": tensor(0, 32)}, length=2**63),
     "no length": header_of({"a": tensor(0, 32)}, length=0),
     "too many bytes for the type": {"a": tensor(0, 32, dtype="F16")}, "no type": {"a": tensor(0, 32, dtype="pickle")},
     "another type": {"a": tensor(0, 32, [32], dtype="F8_E4M3")},
@@ -69,7 +66,7 @@ def test_a_header_may_have_no_metadata_and_more_fields(tmp_path, tensors):
 
 def test_a_note_of_git_lfs_is_not_taken_for_a_damaged_file(tmp_path):
     path = write(tmp_path, b"version https://git-lfs.github.com/spec/v1\n", b"oid sha256:00\nsize 548105171\n")
-    with pytest.raises(OSError, match=r"model\.safetensors cannot be read: it is only git's note .*: git lfs pull"):
+    with pytest.raises(OSError, match=r"model\.safetensors is only git's note of the file: git lfs pull"):
         map_tensors(path)
 
 
@@ -91,16 +88,17 @@ def test_a_written_file_is_what_the_library_reads_and_begins_its_data_on_a_page(
         "transposed": rng.normal(size=(3, 4)).astype(np.float32).T,
         "empty": np.zeros((0, 3), np.float32),
         "é": rng.normal(size=768).astype(np.float32),
+        "made when it is written": Lazy((2, 5), lambda: np.ones((2, 5), np.float32)),
     }
     path = tmp_path / WEIGHTS
     save_tensors(path, tensors, {"made by": "a test"})
     found, (mapped, metadata) = load_file(path), map_tensors(path)
-    assert metadata == {"made by": "a test"}
+    assert metadata == verify(path) == {"sha256": metadata["sha256"], "made by": "a test"}
     assert found.keys() == mapped.keys() == tensors.keys()
     for name, array in tensors.items():
         for other in (found[name], mapped[name]):
             assert (other.dtype, other.shape) == (array.dtype, array.shape)
-            np.testing.assert_array_equal(other, array)
+            np.testing.assert_array_equal(other, np.asarray(array))
     assert int.from_bytes(path.read_bytes()[:8], "little") % 4096 == 4096 - 8
     assert list(tmp_path.iterdir()) == [path]
 

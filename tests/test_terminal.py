@@ -1,15 +1,21 @@
 """Text in a terminal: documents and prompts, samples up to their stop text, tables, colours."""
 
 import io
+import itertools
 import os
 import re
 import sys
+import tempfile
+import tracemalloc
+from pathlib import Path
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from encoder import AddedToken, Encoder
+from helpers.processes import run
 from show import terminal
 
 COLOURS = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}  # rich takes that for a terminal
@@ -19,30 +25,91 @@ def environment(variables):
     return mock.patch.dict(os.environ, variables, clear=True)
 
 
-@pytest.mark.parametrize(
-    ("data", "errors", "text"),
-    [
-        (b"a\r\nb\r", "strict", "a\nb\n"), ("\ufeffé 日".encode(), "strict", "é 日"), (b"\xe9", "replace", "\ufffd"),
-    ],
-)  # fmt: skip
-def test_a_document_of_a_file_or_of_standard_input_is_its_text(tmp_path, monkeypatch, data, errors, text):
-    (tmp_path / "text").write_bytes(data)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert terminal.read_document(str(tmp_path / "text"), errors) == terminal.read_document("-", errors) == text
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        (b"\xef\xbb\xbf", ValueError, "text is empty"), (None, OSError, "text cannot be read: No such file"),
-        (b"one\ntwo caf\xe9 3", UnicodeError, r"not a text in UTF-8 \(byte 0xe9 at offset 11, in line 2\): convert it"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("data", "error", "message"), [
+    (b"\xef\xbb\xbf", ValueError, "text is empty"), (None, OSError, "text cannot be read: No such file"),
+    (b"one\ntwo caf\xe9 3", UnicodeError, r"not a text in UTF-8 \(byte 0xe9 at offset 11, in line 2\): convert it"),
+])  # fmt: skip
 def test_a_document_that_cannot_be_read_is_an_error_that_names_it(tmp_path, data, error, message):
     if data is not None:
         (tmp_path / "text").write_bytes(data)
     with pytest.raises(error, match=message):
         terminal.read_document(str(tmp_path / "text"))
+
+
+def stdin_of(data):
+    return mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+PARTS = [b"a", b"\r", b"\n", b"\r\n", "é".encode(), "日".encode(), "日".encode()[:2], b"\xff", b"\xef\xbb\xbf"]
+
+
+@given(st.lists(st.sampled_from(PARTS), min_size=1), st.integers(6, 12), st.sampled_from(["strict", "replace"]))
+def test_a_document_that_is_read_in_pieces_has_the_text_or_the_error_of_the_whole(parts, n_bytes, errors):
+    data = b"".join(parts)
+    try:
+        expected = data.decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        expected = expected or " is empty"
+    except UnicodeDecodeError as error:
+        expected = f"offset {error.start}, in line {data.count(10, 0, error.start) + 1})"
+    with stdin_of(data), mock.patch.object(terminal, "PIECE", n_bytes), tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "text")
+        path.write_bytes(data)
+        for source in ("-", str(path)):
+            try:
+                assert terminal.read_document(source, errors) == expected
+            except ValueError as error:
+                assert expected in str(error)
+
+
+WORDS = st.text("ab'sé日1 \n-", min_size=1, max_size=9)
+
+
+@given(st.lists(WORDS, max_size=60).map(" ".join), st.integers(1, 6), st.integers(1, 8), st.integers(1, 100))
+def test_of_a_long_prompt_the_last_tokens_are_used(tiny_encoder, text, times, n_ctx, n_bytes):
+    text = times * text
+    ids, err = tiny_encoder.encode(text) or [tiny_encoder.eot_id], io.StringIO()
+    sizes = mock.patch.multiple(terminal, PIECE=n_bytes, FIRST_WORDS=60)
+    for prompt in ("-", text) if text != "-" else "-":
+        with stdin_of(text.encode()), sizes, mock.patch.object(sys, "stderr", err):
+            assert terminal.prompt_ids(prompt, tiny_encoder, n_ctx) == ids[-n_ctx:]
+            assert terminal.prompt_ids(text + "a", tiny_encoder) == tiny_encoder.encode(text + "a"), "without a limit"
+    note = f"the prompt is longer than the model's context: only its last {n_ctx} tokens are used\n"
+    assert err.getvalue() == (note * (1 + (text != "-")) if len(ids) > n_ctx else "")
+
+
+def test_no_word_that_the_last_tokens_are_of_is_cut_and_no_prompt_in_silence(capsys, tiny_encoder):
+    letters = {token: i for token, i in tiny_encoder.encoder.items() if len(token) == 1}
+    pairs = Encoder(letters | {"aa": 256}, [("a", "a")])
+    assert terminal.prompt_ids("aaaab", pairs, 2) == [256, letters["b"]]
+    strips = Encoder(letters | {"<m>": 256}, [], [AddedToken("<m>", lstrip=True)])
+    assert terminal.prompt_ids("a" + " " * 10**6 + "<m>", strips, 2) == [256]
+    assert re.findall("its last (.) tokens", capsys.readouterr().err) == ["2", "1"]
+
+
+def test_a_prompt_of_10_mb_of_spaces_is_read_in_little_memory(tiny_encoder):
+    with stdin_of(b" " * 10_000_000):
+        tracemalloc.start()
+        assert len(terminal.prompt_ids("-", tiny_encoder, 32)) == 32
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_the_command_line_continues_the_end_of_a_prompt_that_is_longer_than_the_context(tiny_model):
+    shown = run("gpt2.py", "a b" * 100, "--model_size", str(tiny_model), "--n_tokens_to_generate=2")
+    assert (shown.returncode, shown.stderr.count(b"only its last 32 tokens are used\n")) == (0, 1)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_a_bar_or_a_line_a_minute(monkeypatch, is_terminal):
+    err = io.StringIO()
+    err.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(terminal.time, "monotonic", itertools.count(0, 25).__next__)
+    items = ["a" * 1000] * 7
+    assert list(terminal.progress(items, "token", lambda: 10_000)) == items
+    lines = re.findall(r"^ (\d+)% [\d.]+k/10.0k .*token/s\]$", err.getvalue(), re.MULTILINE)
+    assert ("\r" in err.getvalue(), lines) == ((True, []) if is_terminal else (False, ["30", "60"]))
 
 
 def test_an_empty_prompt_needs_an_end_of_text_to_start_from(tiny_encoder, monkeypatch):
@@ -84,8 +151,7 @@ def test_generation_ends_with_the_printing(capsys, tiny_encoder):
 
     making = steps()  # a reference, or it would end with its last one
     terminal.print_samples(making, tiny_encoder, 100, 1, "aaa", None)
-    assert closed
-    assert capsys.readouterr().out == "\n"
+    assert (closed, capsys.readouterr().out) == ([True], "\n")
 
 
 @pytest.mark.parametrize(("out_is_terminal", "err_is_terminal"), [(True, True), (False, True), (False, False)])

@@ -1,5 +1,6 @@
 """Work on all cores: a prompt in parts, each on a thread of its own, is the prompt in one piece."""
 
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import gpt2
 from engine import threads
-from engine.threads import core_threads, in_parts, n_blas_threads, on_all_cores
+from engine.threads import core_threads, deferred, in_parts, n_blas_threads, on_all_cores
 from gpt2 import hidden_states, new_cache, prefill
 from helpers.models import TINY, random_params
 
@@ -95,7 +96,7 @@ def test_a_long_prompt_is_computed_by_several_threads_at_a_time(tiny_params, thr
 
 def test_work_on_all_cores_keeps_its_order_and_limits_products_to_one_thread():
     before, items = threads_of_products(), np.array([0, 1e9, -1e9], np.float32)
-    results = on_all_cores(lambda x: (np.exp(x), *threads_of_products()), items)
+    results = list(on_all_cores(lambda x: (np.exp(x), *threads_of_products()), items))
     assert results == [(x, *[1] * len(before)) for x in (1, np.inf, 0)], "and no overflow warns"
     assert threads_of_products() == before
 
@@ -110,8 +111,22 @@ def test_ctrl_c_leaves_out_the_work_that_has_not_begun():
         done.append(i)
 
     with pytest.raises(KeyboardInterrupt):
-        on_all_cores(interrupted, range(1000))
+        list(on_all_cores(interrupted, range(1000)))
     assert len(done) < 900
+
+
+def test_one_signal_is_deferred_unless_it_is_ignored(capfd):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with deferred((signal.SIGINT, signal.SIGTERM), b"one moment") as received:
+            for sent, expected in ((signal.SIGTERM, []), (signal.SIGINT, [signal.SIGINT])):
+                signal.raise_signal(sent)
+                assert received == expected
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN
+    assert (signal.getsignal(signal.SIGINT), capfd.readouterr().err) == (signal.default_int_handler, "one moment")
 
 
 def test_threads_that_prefill_at_once_leave_the_threads_of_products_as_they_were(monkeypatch):
@@ -119,14 +134,9 @@ def test_threads_that_prefill_at_once_leave_the_threads_of_products_as_they_were
     before, barrier, alone = threads_of_products(), threading.Barrier(3), fill(31)
     assert n_blas_threads() == max(threads_of_products(), default=n_blas_threads())
     assert threads_of_products() == before
-
-    def work(_):
-        barrier.wait(timeout=30)
-        return fill(31)
-
     with ThreadPoolExecutor(3) as pool:
         for _ in range(20):
-            for x in pool.map(work, range(3)):
+            for _, x in pool.map(lambda _: (barrier.wait(timeout=30), fill(31)), range(3)):
                 np.testing.assert_allclose(x, alone, atol=1e-5 * np.ptp(alone))
             assert threads_of_products() == before
 

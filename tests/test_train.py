@@ -1,12 +1,16 @@
 """Trainings of seconds: from a text to a model, interrupted and resumed, from another model, and refused."""
 
 import csv
+import hashlib
+import importlib.util
 import inspect
+import io
 import itertools
 import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -21,11 +25,13 @@ from safetensors import safe_open
 import bigram
 import optimizer
 import train
-from encoder import END_OF_TEXT
+from encoder import END_OF_TEXT, train_bpe
 from evaluate import text_losses
 from export import main as export
 from helpers.models import TINY, write_model
-from helpers.processes import error_line, interrupt, run, start
+from helpers.processes import error_line, interrupt, run, run_code, start
+from show import terminal
+from store.files import HOLDER, locked, temporary_of
 from store.training import SHAPE, Settings, load_state
 from train import main
 from utils import load_encoder_hparams_and_params
@@ -66,13 +72,13 @@ def numbers_of(directory, column):
     return [float(row[column]) for row in rows_of(directory)]
 
 
-def press_ctrl_c_after(monkeypatch, step):
-    """Let Ctrl-C arrive in the middle of a step."""
+def press_ctrl_c_after(monkeypatch, step, sent=signal.SIGINT):
+    """Let Ctrl-C, or another signal, arrive in the middle of a step."""
     original, calls = train.compute_gradient, itertools.count(1)
 
     def compute_gradient(*args):
         if next(calls) == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
         return original(*args)
 
     monkeypatch.setattr(train, "compute_gradient", compute_gradient)
@@ -110,29 +116,23 @@ def test_a_new_limit_takes_the_place_of_the_others(begun, given):
     assert (settings.max_steps, settings.minutes) == (given.get("max_steps"), given.get("minutes"))
 
 
-@pytest.mark.parametrize(
-    ("content", "learned", "not_learned"),
-    [
-        ("abc abd abe " * 300 + "z" * 390, "ab", "z"),  # its last tenth is in the z, a pair of which is common
-        (END_OF_TEXT.join(f"{n} {n + 7}" for n in range(400)), "Ġ1", "endoftx|<>"),  # letter by letter
-    ],
-)
-def test_the_tokenizer_is_learned_from_the_text_of_the_training_part(tmp_path, content, learned, not_learned):
-    (tmp_path / "text.txt").write_text(content)
-    tokens = train.read_corpus(str(tmp_path / "text.txt"), Settings(n_vocab=262)).encoder.encoder
-    assert learned in tokens
-    assert not any(len(token) > 1 and set(token) & set(not_learned) for token in tokens.keys() - {END_OF_TEXT})
-
-
-def test_a_text_is_split_and_its_ends_of_text_are_one_token_each(tmp_path):
-    content = END_OF_TEXT.join(["to be or not to be"] * 200)
-    (tmp_path / "text.txt").write_text(content)
-    corpus = train.read_corpus(str(tmp_path / "text.txt"), Settings(n_vocab=262))
-    split = len(content) * 9 // 10
-    for tokens, part in [(corpus.tokens, content[:split]), (corpus.validation, content[split:])]:
-        assert corpus.encoder.decode(tokens.tolist()) == part
-        assert np.count_nonzero(tokens == corpus.encoder.eot_id) == part.count(END_OF_TEXT) > 15
-    assert corpus.tokens_per_char == (len(corpus.validation) - 1) / (len(content) - split)
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_a_text_that_is_read_in_pieces_makes_the_corpus_of_the_whole(tmp_path, monkeypatch, is_pipe):
+    """Its tokenizer is learned from the training part, without the ends of text, which are one token each."""
+    monkeypatch.setattr(terminal, "PIECE", 50)
+    text = "é " + "".join(f"{n} {n + 7}\n\n{END_OF_TEXT}\n" for n in range(400)) + 600 * "z"  # "zz" must not be learned
+    split = len(text) * 9 // 10
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="\r\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "text.txt").read_bytes())))
+    corpus = train.read_corpus("-" if is_pipe else str(tmp_path / "text.txt"), Settings(n_vocab=262))
+    assert corpus.digest == hashlib.sha256(text.encode()).hexdigest()
+    tables = train_bpe(text[:split].replace(END_OF_TEXT, "\n"), 262)
+    assert (corpus.encoder.encoder, list(corpus.encoder.bpe_ranks)) == tables
+    assert corpus.tokens.tolist() == corpus.encoder.encode(text[:split], allow_special=True)
+    assert corpus.validation.tolist() == corpus.encoder.encode(text[split:], allow_special=True)
+    assert corpus.tokens.dtype == np.uint16
+    assert np.count_nonzero(corpus.validation == corpus.encoder.eot_id) == text[split:].count(END_OF_TEXT) > 15
+    assert corpus.tokens_per_char == (len(corpus.validation) - 1) / (len(text) - split)
 
 
 def test_a_training_makes_a_model_that_beats_the_bigram_and_loads_like_any_other(text, tmp_path, capsys):
@@ -162,7 +162,7 @@ def test_a_training_makes_a_model_that_beats_the_bigram_and_loads_like_any_other
     assert (shown.returncode, shown.stdout.decode()) == (0, " dog say woof\n")
 
 
-def test_the_log_has_a_row_for_each_evaluation(text, out):
+def test_the_log_has_a_row_for_each_evaluation_and_the_losses_are_drawn(text, out):
     fit(text, out, max_steps=12)
     rows, state = rows_of(out), load_state(out / "training.safetensors")
     assert list(rows[0]) == ["step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second"]
@@ -175,18 +175,8 @@ def test_the_log_has_a_row_for_each_evaluation(text, out):
     assert [float(row["train_loss"]) for row in rows[1:]] == pytest.approx([math.log(270)] * 3, abs=0.5)
     assert all(0 < rate <= 1.5e-3 for rate in numbers_of(out, "learning_rate"))
     assert all(float(row["tokens_per_second"]) > 0 for row in rows[1:])
-
-
-@pytest.mark.parametrize("has_matplotlib", [True, False])
-def test_the_losses_are_drawn_or_a_line_says_what_to_install(text, out, monkeypatch, capsys, has_matplotlib):
-    if has_matplotlib:
-        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    else:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    fit(text, out, max_steps=1)
-    assert ("loss.png was not drawn: pip install matplotlib" in capsys.readouterr().out) == (not has_matplotlib)
-    picture = out / "loss.png"
-    assert picture.read_bytes().startswith(b"\x89PNG") if has_matplotlib else not picture.exists()
+    if importlib.util.find_spec("matplotlib"):
+        assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("is_fine_tuning", [False, True])
@@ -221,21 +211,19 @@ def test_the_best_weights_are_kept_and_not_the_last(text, out, monkeypatch):
 def test_bigram_stops_after_its_sample(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(text, "m", model="bigram", n_vocab=270)
-    printed = capsys.readouterr().out
-    assert "bigram" in printed
-    assert "GPT" not in printed
-    assert "The " in printed.split("bigram")[-1]
+    _, printed = capsys.readouterr().out.split("bigram")
+    assert "The " in printed and "GPT" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", [1, 7, 10, 20])
-def test_a_resumed_training_ends_as_an_unbroken_one(text, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(("step", "sent"), [*((step, signal.SIGINT) for step in (1, 7, 10, 20)), (7, signal.SIGTERM)])
+def test_a_resumed_training_ends_as_an_unbroken_one(text, tmp_path, monkeypatch, step, sent):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = {"max_steps": 20, "dropout": 0.2, "seed": 3}
     fit(text, whole, **options)
     is_done = step == 20  # all of it, when Ctrl-C comes
     with monkeypatch.context() as patch, nullcontext() if is_done else pytest.raises(KeyboardInterrupt):
-        press_ctrl_c_after(patch, step)
+        press_ctrl_c_after(patch, step, sent)
         fit(text, broken, **options)
     assert (weights_of(broken) == weights_of(whole)) == is_done
     assert load_state(broken / "training.safetensors").step == step
@@ -251,22 +239,28 @@ def test_a_killed_training_resumes_from_its_last_evaluation(text, tmp_path):
     with start_training(text, broken, "--max_steps=150", "--dropout=0.2", n_rows=4) as process:
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    (broken / "training.safetensors.123.tmp").write_bytes(b"half of it, as if it had been killed while writing")
+    temporary_of(broken / "training.safetensors").write_bytes(b"half of it, as if it had been killed while writing")
     assert run("train.py", text, f"--out={broken}", "--resume").returncode == 0
-    assert not list(broken.glob("*.tmp"))
+    assert not list(broken.glob(".*.tmp"))
     assert weights_of(broken) == weights_of(whole)
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_status_130(text, out):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_or_sigterm_saves_says_how_to_go_on_and_ends_with_its_status(text, out, sent, status):
     with start_training(text, out, "--max_steps=100000", n_rows=2) as process:
-        _, errors = interrupt(process, timeout=60)
-    assert process.returncode == 130
+        second = run("train.py", text, f"--out={out}", "--overwrite")
+        assert f"m cannot be written (process {process.pid} (train.py) is writing it)" in error_line(second)
+        n_rows = len(rows_of(out))
+        while len(rows_of(out)) == n_rows and process.poll() is None:
+            time.sleep(0.01)
+        _, errors = interrupt(process, timeout=60, sent=sent)
+    assert process.returncode == status
     first, last = errors.decode().strip().split("\n\n")
     assert first.startswith("finishing this step")
     step = int(re.fullmatch(rf"stopped: --resume goes on from step (\d+); {out} has the best weights .*", last)[1])
     assert load_state(out / "training.safetensors").step == step > 0
     assert sorted(path.name for path in out.iterdir()) == [
-        "encoder.json", "hparams.json", "model.safetensors", "train.csv", "training.safetensors", "vocab.bpe"
+        ".lock", "encoder.json", "hparams.json", "model.safetensors", "train.csv", "training.safetensors", "vocab.bpe"
     ]  # fmt: skip
 
 
@@ -337,12 +331,54 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(text, tmp_path, out, tin
     assert 0 < np.abs(params["wte"] - tiny_params["wte"]).max() < 0.01
 
 
-def test_a_training_in_place_of_its_own_start(text, out):
-    """Fine-tuning a model into its own directory reads the weights before it replaces them."""
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_training_killed_before_its_start_is_whole_leaves_the_model_that_it_starts_from(text, out):
     fit(text, out, max_steps=5)
-    last = numbers_of(out, "validation_loss")[-1]
+    (out / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    code = """if True:
+        import os, signal, sys
+        from store import files
+        import train
+        files.exchange = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+        train.main(sys.argv[1], sys.argv[2], init_from=sys.argv[2], overwrite=True, max_steps=1)
+    """
+    with pytest.raises(subprocess.CalledProcessError, match="SIGKILL"):
+        run_code(code, text, str(out))
+    assert {path: path.read_bytes() for path in out.iterdir() if path.name != HOLDER} == before
     main(text, str(out), init_from=str(out), max_steps=1, overwrite=True)
-    assert numbers_of(out, "validation_loss")[0] == pytest.approx(last, rel=1e-6)
+    assert ((out / "README.md").read_text(), set(out.iterdir())) == ("mine", set(before))
+    assert list(out.parent.iterdir()) == [out], "what was left is swept up"
+
+
+@pytest.mark.parametrize(("file", "there", "instead"), [
+    ("hparams.json", '"n_head": 2', '"n_head": 4'), ("hparams.json", "}", ', "n_inner": 64}'),
+    ("hparams.json", "\n", " "), ("encoder.json", "{", "{ "), ("vocab.bpe", "0.2", "0.3"),
+])  # fmt: skip
+def test_a_training_whose_files_were_edited_is_not_resumed(text, out, file, there, instead):
+    fit(text, out, max_steps=1)
+    (out / file).write_text((out / file).read_text(encoding="utf-8").replace(there, instead, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{file} is not the one that the training was begun with: restore it"):
+        main(text, str(out), resume=True, max_steps=2)
+    assert [row["step"] for row in rows_of(out)] == ["0", "1"]
+
+
+def test_a_training_that_takes_more_memory_than_there_is_is_refused_with_figures(text, out, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**17}.get)
+    train.check_size(Settings())
+    with pytest.raises(ValueError, match=r"batch_size = 10,000,000 takes (4|5)\d\.\d GB of memory, and .* has 0\.5"):
+        train.check_size(Settings(batch_size=10**7))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**12}.get)
+    for name, most in (("batch_size", 10**5), ("n_embd", 512), ("n_ctx", 1000), ("n_layer", 200)):
+        with pytest.raises(ValueError, match=rf"{name}.*takes 0\.\d GB .*, and this machine has 0\.0: choose less"):
+            fit(text, out, **{name: most}, max_steps=1)
+    assert not out.exists()
+
+
+def test_of_two_trainings_that_begin_at_once_the_second_says_who_is_first(text, out):
+    with locked(out, wait=False), pytest.raises(OSError, match=rf"m cannot be .*process {os.getpid()} \(.*is writing"):
+        fit(text, out, max_steps=1)
+    assert not out.exists()
 
 
 def test_the_shape_of_a_model_to_start_from_is_its_own(text, tmp_path, out):
@@ -353,14 +389,11 @@ def test_the_shape_of_a_model_to_start_from_is_its_own(text, tmp_path, out):
     assert load_encoder_hparams_and_params(str(out))[1] == TINY, "what else hparams.json says is left out"
 
 
-@pytest.mark.parametrize(
-    ("there", "instead", "complaint"),
-    [
-        ("1e-05", "0.001", "has eps of its own, which train.py cannot train"),
-        ('"eos_token_id": 299', '"eos_token_id": 5', "its tokenizer has another end of text"),
-        (END_OF_TEXT, "[PAD]", r"its tokenizer has \[PAD\], which a model trained here cannot keep"),
-    ],
-)
+@pytest.mark.parametrize(("there", "instead", "complaint"), [
+    ("1e-05", "0.001", "has eps of its own, which train.py cannot train"),
+    ('"eos_token_id": 299', '"eos_token_id": 5', "its tokenizer has another end of text"),
+    (END_OF_TEXT, "[PAD]", r"its tokenizer has \[PAD\], which a model trained here cannot keep"),
+])  # fmt: skip
 def test_of_a_model_of_hugging_face_what_cannot_be_kept_is_refused_before_training(
     text, tmp_path, out, tiny_model, there, instead, complaint
 ):
@@ -379,13 +412,13 @@ def test_a_full_disk_is_one_line(text, out):
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))}
     shown = run("train.py", text, f"--out={out}", *FLAGS, "--max_steps=1", **limit)
     assert "model.safetensors could not be written" in error_line(shown)
-    assert sorted(path.name for path in out.iterdir()) == ["encoder.json", "hparams.json", "vocab.bpe"]
+    assert not out.exists(), "nothing came of it"
 
 
 MISTAKES = {
     "--n_head=3": "n_embd = 16 is not a multiple of n_head = 3", "--n_layer=0": "n_layer must be a whole number",
     "--n_vocab=5000": "not for n_vocab = 5000: give at most ", "--n_vocab=100": "n_vocab must be at least 257",
-    "--n_ctx=100000": "too short", "--batch_size=1.5": "batch_size must be a whole number",
+    "--n_ctx=6000": "too short", "--batch_size=1.5": "batch_size must be a whole number",
     "--max_steps=0": "max_steps must be a whole number", "--seed=-1": "seed must be a whole number",
     "--minutes=0": "minutes must be more than 0", "--minutes=soon": "minutes must be a number",
     "--dropout=1": "dropout must be below 1", "--dropout=-0.1": "dropout must be a number",
@@ -411,7 +444,7 @@ def test_what_exists_is_not_replaced_unasked(text, tmp_path, out):
         fit(text, out, max_steps=2)
     with pytest.raises(FileExistsError, match=r"exists already: --overwrite replaces its model$"):
         fit(text, tmp_path, max_steps=2)
-    with pytest.raises(NotADirectoryError, match="is a file, not a directory"):
+    with pytest.raises(NotADirectoryError, match="is not a directory"):
         fit(text, text, overwrite=True)
     with pytest.raises(ValueError, match="begun with n_embd = 16: it cannot go on with 32"):
         main(text, str(out), n_embd=32, resume=True)
@@ -421,13 +454,15 @@ def test_what_exists_is_not_replaced_unasked(text, tmp_path, out):
     assert weights_of(out) == before
 
 
-def test_overwrite_replaces_the_model_and_leaves_other_files(text, out, monkeypatch):
+def test_overwrite_replaces_the_model_that_it_starts_from_and_leaves_other_files(text, out, monkeypatch, capsys):
     fit(text, out, max_steps=5)
-    before = weights_of(out)
+    before, last = weights_of(out), numbers_of(out, "validation_loss")[-1]
     (out / "README.md").write_text("mine")
     (out / "loss.png").write_text("of the training before, which must not stay where none can be drawn")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    fit(text, out, n_embd=32, max_steps=1, overwrite=True)
+    main(text, str(out), init_from=str(out), max_steps=1, overwrite=True)
+    assert "loss.png was not drawn: pip install matplotlib" in capsys.readouterr().out
     assert weights_of(out) != before
+    assert numbers_of(out, "validation_loss")[0] == pytest.approx(last, rel=1e-6)
     assert [row["step"] for row in rows_of(out)] == ["0", "1"]
     assert ((out / "README.md").read_text(), (out / "loss.png").exists()) == ("mine", False)

@@ -1,25 +1,34 @@
 """What a training saves so that it can be resumed."""
 
+import json
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
-from store.tensors import save_tensors
+from helpers.models import flip_bit
+from store.params import count_params, param_shapes
+from store.tensors import map_tensors, save_tensors
 from store.training import VECTORS, Settings, Training, load_state, save_state
+from train import choose_settings
 
 
 @pytest.fixture
 def training():
-    vectors = {name: np.random.RandomState(i).standard_normal(50).astype(np.float32) for i, name in enumerate(VECTORS)}
-    settings = Settings(n_embd=16, dropout=0.25, max_steps=None, minutes=1.5, init_from="124M")
+    shape = {"n_vocab": 5, "n_ctx": 3, "n_embd": 2, "n_head": 1, "n_layer": 1}
+    settings = Settings(**shape, dropout=0.25, max_steps=None, minutes=1.5, init_from="124M")
+    n_params = count_params(param_shapes(settings.hparams))
+    vectors = {name: np.float32(np.random.RandomState(i).standard_normal(n_params)) for i, name in enumerate(VECTORS)}
     rows = [[0, None, 5.0, 1e-5, None], [5, 4.9, 4.8, 2e-5, 123.4]]
-    return Training(settings, "digest", vectors, 7, 1.25, 5, 4.8, rows=rows, losses=[4.9, 0.1 + 0.2])
+    return Training(settings, "digest", vectors, 7, 1.25, 5, 4.8, tables={"a": "b"}, rows=rows, losses=[4.9, 0.3])
 
 
 @pytest.mark.parametrize("best_loss", [4.8, math.inf])  # infinite until the first evaluation
-def test_what_is_saved_is_what_is_loaded(training, tmp_path, best_loss):
+def test_what_is_saved_is_what_is_loaded_and_else_nothing_can_be_resumed(training, tmp_path, best_loss):
+    with pytest.raises(FileNotFoundError, match=r"nothing to resume: .*state is missing"):
+        load_state(tmp_path / "state")
     training = replace(training, best_loss=best_loss)
     save_state(tmp_path / "state", training)
     assert training.saved_step == 7
@@ -31,33 +40,64 @@ def test_what_is_saved_is_what_is_loaded(training, tmp_path, best_loss):
     assert loaded == expected
 
 
-def test_a_state_that_is_not_there_cannot_be_resumed(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing to resume: .*state is missing"):
-        load_state(tmp_path / "state")
+def save_changed(path, training, change, vectors=None):
+    """A state whose record is what `change` returns, or has changed in place."""
+    save_state(path, training)
+    record = json.loads(map_tensors(path)[1]["record"])
+    record = change(record) or record
+    text = record if isinstance(record, str) else json.dumps(record)
+    save_tensors(path, vectors or training.vectors, {"record": text})
 
 
-WHOLE = '{"text": "digest", "settings": {}, "step": 7}'
+def assert_refused(path, complaint):
+    """The state is damaged, or has settings that no training can have; one line says so."""
+    with pytest.raises(ValueError, match=complaint) as raised:
+        choose_settings({}, load_state(path).settings)
+    assert len(str(raised.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("names", "metadata"),
-    [
-        (VECTORS[:2], {"record": WHOLE}), (VECTORS, {}), (VECTORS, {"record": WHOLE[:-1]}), (VECTORS, {"record": "[]"}),
-        (VECTORS, {"record": WHOLE.replace("text", "txt")}), (VECTORS, {"record": WHOLE.replace("settings", "flags")}),
-        (VECTORS, {"record": WHOLE.replace("{}", '{"width": 3}')}), (VECTORS, {"record": '{"more": 1, ' + WHOLE[1:]}),
-    ],
-)  # fmt: skip
-def test_a_state_that_lacks_something_or_has_too_much_is_refused(tmp_path, names, metadata):
-    vectors = {name: np.zeros(3, np.float32) for name in VECTORS}
-    save_tensors(tmp_path / "state", vectors, {"record": WHOLE})
-    assert load_state(tmp_path / "state").saved_step == 7, "this one is good, and was saved after that step"
-    save_tensors(tmp_path / "state", {name: vectors[name] for name in names}, metadata)
-    with pytest.raises(ValueError, match=r"state is damaged .*: train anew, with --overwrite"):
-        load_state(tmp_path / "state")
+NAMES = ("text", "step", "seconds", "best_step", "best_loss", "saved_step", "tables", "rows", "losses", "settings")
+ODD = {"null": None, "text": "x", "list": [[1, "a"]], "object": {"x": [None]}, "bool": True, "NaN": math.nan, "-1": -1,
+       "deep": json.loads("[" * 80 + "]" * 80)}  # fmt: skip
+GOOD = {*product(("text", "encoder", "init_from"), ("text", "null")), ("max_steps", "null"), ("minutes", "null"),
+        ("saved_step", "-1")} - {("text", "null")}  # fmt: skip
 
 
-def test_a_state_that_is_cut_short_is_refused(training, tmp_path):
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", [*NAMES, *vars(Settings())])
+def test_a_record_with_an_odd_value_is_refused_by_name(training, tmp_path, name, odd):
+    if (name, odd) not in GOOD:
+        new = {name: ODD[odd]}
+        save_changed(tmp_path / "state", training, lambda r: (r if name in NAMES else r["settings"]).update(new))
+        assert_refused(tmp_path / "state", rf"state is damaged \(.*{name}.*\): train anew|^{name} must be")
+
+
+@pytest.mark.parametrize("change", [
+    *(lambda record, name=name: record.pop(name) and None for name in NAMES),
+    *(lambda record, text=text: text for text in (" ", "[]", "null", '"a"', "{", "[" * 100_000, '{"a":' * 100_000)),
+    lambda record: record.update(more=1), lambda record: record["settings"].update(width=3),
+    lambda record: record["settings"].update(n_vocab=6), lambda record: record["settings"].pop("seed") and None,
+    lambda record: record.update(seconds=10**400), lambda record: record.update(best_step=8),
+])  # fmt: skip
+def test_a_record_that_lacks_something_or_has_too_much_is_refused(training, tmp_path, change):
+    save_changed(tmp_path / "state", training, change)
+    assert_refused(tmp_path / "state", r"state is damaged \(.*\): train anew, with --overwrite")
+
+
+@pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v[:, None], lambda v: v.astype(np.int8), None])
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_vector_that_is_missing_or_of_another_length_or_type_is_refused_by_name(training, tmp_path, name, change):
+    vectors = {other: v for other, v in training.vectors.items() if other != name}
+    vectors |= {name: change(training.vectors[name])} if change else {}
+    save_changed(tmp_path / "state", training, lambda record: None, vectors)
+    assert_refused(tmp_path / "state", rf"state is damaged \(.*\b{name}\b")
+
+
+def test_a_state_with_one_changed_bit_is_refused(training, tmp_path):
     save_state(tmp_path / "state", training)
-    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="state is damaged"):
-        load_state(tmp_path / "state")
+    data = (tmp_path / "state").read_bytes()
+    for i in (*range(0, 12_000, 97), *range(8 * 4096, 8 * len(data), 97)):
+        (tmp_path / "state").write_bytes(flip_bit(data, i))
+        assert_refused(tmp_path / "state", "state is damaged")
+    (tmp_path / "state").write_bytes(data[:-1])
+    assert_refused(tmp_path / "state", "state is damaged")

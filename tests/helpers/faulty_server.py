@@ -23,7 +23,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)  # besides the usual; None leaves a usual one out
     body: bytes | None = field(default=None, repr=False)  # in place of the file's
     stop_after: int | None = None  # bytes of the body; then the connection is closed
-    then: str = "close"  # or "stall", or "reset"
+    then: str = "close"  # or "stall", or "reset", or "repeat" it to 256 MB
     ignore_range: bool = False
     ignore_condition: bool = False  # send the range even if the file is another than the one asked for
 
@@ -49,13 +49,8 @@ class Server:
     def validators(self, body: bytes) -> dict[str, str]:
         digest = hashlib.md5(body).hexdigest()
         day = 1 + int(digest, 16) % 28  # a date that changes with the content
-        values = {
-            "ETag": f'"{digest}"',
-            "weak": f'W/"{digest}"',
-            "Last-Modified": f"Mon, {day:02} Jan 2024 00:00:00 GMT",
-        }
-        name = self.validator
-        return {"ETag" if name == "weak" else name: values[name]} if name else {}
+        date = {"Last-Modified": f"Mon, {day:02} Jan 2024 00:00:00 GMT"}
+        return {"ETag": {"ETag": f'"{digest}"'}, "weak": {"ETag": f'W/"{digest}"'}, "": {}}.get(self.validator, date)
 
 
 def make_handler(server: Server) -> type:
@@ -90,6 +85,8 @@ def make_handler(server: Server) -> type:
                 self.wfile.write(body[: len(body) // 2])
                 server.over.wait(server.pause)
                 self.wfile.write(body[len(body) // 2 :])
+                for _ in range(2**28 // len(body) if answer.then == "repeat" else 0):
+                    self.wfile.write(body)
             self.close_connection = True
             if answer.then == "stall":
                 server.over.wait(20)

@@ -41,13 +41,9 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(1, 48, 1, 16, 1),
-    Case(1, 48, 3, 16, 16),
-    Case(2, 48, 12, 64, 33),
-    Case(12, 96, 6, 64, 64),
-    Case(3, 192, 4, 1024, 1000),
-    Case(2, 768, 12, 128, 100),
-]
+    Case(1, 48, 1, 16, 1), Case(1, 48, 3, 16, 16), Case(2, 48, 12, 64, 33), Case(12, 96, 6, 64, 64),
+    Case(3, 192, 4, 1024, 1000), Case(2, 768, 12, 128, 100),
+]  # fmt: skip
 TRACED = Case(2, 48, 3, 16, 10)  # a case of which all that happens inside is kept
 GRADIENT_HPARAMS = {"n_vocab": 60, "n_ctx": 12, "n_embd": 16, "n_head": 4, "n_layer": 2}
 

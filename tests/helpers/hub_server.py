@@ -24,11 +24,8 @@ class Hub:
 
     def fetched(self):
         """The files that were sent, each time."""
-        return [
-            path.rpartition("/")[2]
-            for command, path, _ in self.requests
-            if (command, "/resolve/" in path) == ("GET", True)
-        ]
+        paths = [path for command, path, _ in self.requests if command == "GET" and "/resolve/" in path]
+        return [path.rpartition("/")[2] for path in paths]
 
     def run(self, *arguments, script="gpt2.py", model="owner/model", env=None, **options):
         arguments = (*(arguments or ("def", "--n_tokens_to_generate=5")), f"--model_size={model}")
@@ -50,11 +47,8 @@ def make_handler(hub):
                 siblings = [{"rfilename": name} for name in hub.files]
                 body = json.dumps({"id": "owner/model", "sha": SHA, "siblings": siblings, "private": False}).encode()
             elif path == f"{api}/tree/{SHA}":
-                entries = [
-                    {"type": "file", "path": name, "size": len(data), "oid": f"{hash(data) & 2**64 - 1:040x}"}
-                    for name, data in hub.files.items()
-                ]
-                body = json.dumps(entries).encode()
+                file = {"type": "file", "oid": SHA}
+                body = json.dumps([{"path": name, "size": len(hub.files[name])} | file for name in hub.files]).encode()
             elif path == f"{place}/{file}" and file in hub.files:
                 body = hub.files[file]
                 headers = {"ETag": f'"{hash(body) & 2**64 - 1:040x}"', "X-Repo-Commit": SHA}

@@ -17,6 +17,7 @@ from store.params import flatten, map_leaves, param_shapes, tensor_name
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "models" / "shakespeare"
+LARGE = {"n_vocab": 300, "n_ctx": 32, "n_embd": 512, "n_head": 8, "n_layer": 24}  # 302 MB
 TINY = {"n_vocab": 300, "n_ctx": 32, "n_embd": 48, "n_head": 4, "n_layer": 2}
 
 
@@ -37,6 +38,11 @@ def random_params(hparams: dict, seed: int = 0, dtype: type = np.float32) -> dic
         return (scale * random.standard_normal(shape) + (path[-1] == "g")).astype(dtype)
 
     return map_leaves(draw, param_shapes(hparams))
+
+
+def flip_bit(data: bytes, i: int) -> bytes:
+    """`data` with its bit number i changed."""
+    return data[: i // 8] + bytes([data[i // 8] ^ 1 << i % 8]) + data[i // 8 + 1 :]
 
 
 def assert_same_params(params: dict, expected: dict) -> None:
@@ -61,8 +67,11 @@ def tiny_tables(n_vocab: int = 300) -> tuple[dict[str, int], list[tuple[str, str
     return train_bpe(text, n_vocab)
 
 
-def write_tables(directory: Path, n_vocab: int = 300) -> None:
+def write_tables(directory: Path, n_vocab: int = 300, hparams: dict = TINY) -> None:
+    """The small files of a model, in a directory that need not be there."""
     encoder, merges = tiny_tables(n_vocab)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
     (directory / "encoder.json").write_text(json.dumps(encoder), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
     (directory / "vocab.bpe").write_text("\n".join(lines), encoding="utf-8")
@@ -70,9 +79,7 @@ def write_tables(directory: Path, n_vocab: int = 300) -> None:
 
 def write_model(directory: Path, hparams: dict = TINY, params: dict | None = None, n_tokens: int | None = None) -> Path:
     """A model directory as it is after conversion."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tables(directory, n_tokens or hparams["n_vocab"])
-    (directory / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+    write_tables(directory, n_tokens or hparams["n_vocab"], hparams)
     save_file(flatten(params or random_params(hparams), tensor_name), directory / "model.safetensors")
     return directory
 
@@ -80,9 +87,7 @@ def write_model(directory: Path, hparams: dict = TINY, params: dict | None = Non
 def write_checkpoint(directory: Path, tensors: dict[str, np.ndarray], hparams: dict = TINY) -> Path:
     """A model directory as it was released: a TensorFlow checkpoint, written by TensorFlow in a process of its own."""
     pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tables(directory)
-    (directory / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+    write_tables(directory, hparams=hparams)
     (directory / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n', encoding="utf-8")
     (directory / "model.ckpt.meta").write_bytes(b"the graph, which is not read")
     np.savez(directory / "tensors.npz", **tensors)

@@ -55,9 +55,9 @@ def error_line(result: subprocess.CompletedProcess) -> str:
     return line
 
 
-def interrupt(process: subprocess.Popen, timeout: float = 20) -> tuple[bytes, bytes]:
+def interrupt(process: subprocess.Popen, timeout: float = 20, sent: int = signal.SIGINT) -> tuple[bytes, bytes]:
     """Press Ctrl-C; what the process has still printed, and its errors, if it ends in time."""
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     try:
         return process.communicate(timeout=timeout)
     finally:
