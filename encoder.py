@@ -122,9 +122,11 @@ def find(
             token = found[-1]
             end = start + len(token.text)
             if not (token.single_word and (LETTER.match(text[start - 1 : start]) or LETTER.match(text, end))):
-                before = SPACE_BEFORE.match(text, min(taken, start), start).start() if token.lstrip else start
+                if token.lstrip:
+                    start = max(SPACE_BEFORE.match(text, min(taken, start), start).start(), taken)
                 taken = SPACE.match(text, end).end() if token.rstrip else end
-                yield before, taken, token.text
+                if start < taken:  # else it is white space that the token before has taken
+                    yield start, taken, token.text
 
 
 class Encoder:

@@ -222,7 +222,7 @@ def new_cache(params: dict, n_head: int, n_positions: int, n_batch: int | None =
     """An empty KV cache for n_positions of one sequence, or of n_batch. A lower `n_past` forgets the last positions.
 
     `kv` has the keys and values, [n_layer, (n_batch,) n_head, 2, n_positions, n_embd/n_head]; those of the first
-    `n_filled` positions have been computed. Raises ValueError for numbers that do not fit the model.
+    `n_filled` positions are computed, and `n_past` cannot be more. ValueError for numbers that do not fit the model.
     """
     n_ctx, n_embd = params["wpe"].shape
     check_count("n_positions", n_positions, least=1, most=n_ctx)

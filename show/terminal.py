@@ -65,7 +65,10 @@ def document_pieces(path: str, errors: str = "strict") -> Iterator[str]:
 
 def read_document(path: str, errors: str = "strict") -> str:
     """The text of `document_pieces` as one."""
-    return "".join(document_pieces(path, errors))
+    try:
+        return "".join(document_pieces(path, errors))
+    except MemoryError as error:
+        raise OSError(f"{path} does not fit into memory") from error
 
 
 def prompt_ids(prompt: str, encoder: "Encoder", n_ctx: int = sys.maxsize) -> list[int]:

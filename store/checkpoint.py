@@ -19,7 +19,7 @@ import numpy as np
 
 from store.files import MOST_BYTES, digest, digests, homes_of, locked, replacing, sweep
 from store.params import check_tensors, checkpoint_name, flatten, map_leaves, param_shapes, tensors_of
-from store.tables import read_hparams, read_merges, read_vocabulary
+from store.tables import MOST_BYTES_OF_SETTINGS, read_hparams, read_merges, read_vocabulary
 from store.tensors import WEIGHTS, Lazy, map_tensors, write_tensors
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_BASE_URL in the environment names a mirror
@@ -71,15 +71,14 @@ def fetch_file(directory: Path, file: str, n_data_bytes: int | None, n_made: int
     """Download one file of a released model, for the process that has the lock."""
     from store.download import download, part_of, size  # imported late: it takes 0.1 s, and most runs have every file
 
-    path = directory / file
+    path, url = directory / file, f"{base_url()}/{directory.name}/{file}"
     n_bytes = n_data_bytes if file == CHECKPOINT_DATA else None
+    most = MOST_BYTES_OF_SETTINGS if file == "hparams.json" else MOST_BYTES
     if n_bytes:
         check_space(directory, n_bytes + n_made - size(part_of(path)), "the weights and their conversion")
         print(f"{directory}: downloading {n_bytes / 1e6:,.0f} MB of weights ...", file=sys.stderr)
     try:
-        download(
-            f"{base_url()}/{directory.name}/{file}", path, n_bytes, lambda part: check_file(file, part), MOST_BYTES
-        )
+        download(url, path, n_bytes, lambda part: check_file(file, part), most)
     except OSError as error:
         hint = f" The length follows from {directory / 'hparams.json'}: if that is damaged, delete it."
         raise OSError(f"{error}.{hint if 'are expected' in str(error) else ''} {BUNDLED}") from error

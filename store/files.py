@@ -39,6 +39,8 @@ def open_regular(path: Path, most: int | None = None) -> Iterator[BinaryIO]:
         if error.errno is None and str(path) in str(error):
             raise
         raise type(error)(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise OSError(f"{path} cannot be read: not enough memory") from error
 
 
 def no_follow(name: str, flags: int) -> int:
@@ -180,7 +182,8 @@ def sweep(path: Path) -> None:
 def locked(directory: Path, wait: bool = True) -> Iterator[None]:
     """Lock a model directory, which is made if it is missing, for the process that writes it; OSError if that fails.
 
-    While another process has the lock, wait for it. OSError says who it is if that or this one has it without `wait`.
+    If another process has the lock, wait until it is free. Without `wait`, which is for a training that holds the lock
+    for hours, do not wait, and let no other process wait either: OSError says which process writes the directory.
     """
     from filelock import FileLock, Timeout  # imported late: a run that finds all it needs does not lock
 
@@ -193,7 +196,7 @@ def locked(directory: Path, wait: bool = True) -> Iterator[None]:
             held = lock.acquire(timeout=0)
         except Timeout:
             who = holder.read_text(encoding="utf-8", errors="replace") if holder.is_file() else "another process"
-            if not wait or holder.is_file():  # a training, which can take hours
+            if not wait or holder.is_file():
                 raise BlockingIOError(0, f"{who} is writing it") from None
             print(f"{directory}: waiting for {who}, which is writing it ...", file=sys.stderr)
             held = lock.acquire()

@@ -94,6 +94,11 @@ def test_added_tokens_are_found_as_the_tokenizers_library_does(case):
     entries, texts = case
     encoder, library = with_tokens(entries), tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(entries)))
     for text in texts:
-        assert encoder.encode(text, allow_special=True) == library.encode(text).ids
+        try:
+            expected = library.encode(text).ids
+        except BaseException as error:  # the library has a fault where a token takes the space that another has taken
+            assert type(error).__name__ == "PanicException", error
+        else:
+            assert encoder.encode(text, allow_special=True) == expected
         if not any(entry["content"] in text for entry in entries if entry["lstrip"] or entry["rstrip"]):
             assert encoder.decode(encoder.encode(text)) == text

@@ -13,14 +13,12 @@ from helpers.processes import run
 
 
 @pytest.mark.parametrize(("config", "generation", "eot_id", "bos_id"), [
-    ({}, None, 299, 299), ({"eos_token_id": [5]}, None, 5, 299),
-    ({"eos_token_id": 5, "bos_token_id": 7}, None, 5, 7), ({"eos_token_id": 0, "bos_token_id": 0}, None, 0, 0),
-    ({"eos_token_id": 5}, {"eos_token_id": 9}, 9, 299), ({"eos_token_id": 5}, {"eos_token_id": [9]}, 9, 299),
-    ({"eos_token_id": 5}, {"eos_token_id": None}, None, 299), ({"eos_token_id": 5}, {}, None, 299),
-    ({"eos_token_id": 5}, {"bos_token_id": 9}, None, 9), ({"eos_token_id": -1}, None, None, 299),
-    ({"eos_token_id": 300, "bos_token_id": 300}, None, None, 299),
-    ({"eos_token_id": 5, "bos_token_id": 50256}, None, 5, 5),
-    ({"eos_token_id": None, "bos_token_id": None}, None, None, 299),
+    ({"eos_token_id": None, "bos_token_id": None}, None, None, 299), ({"eos_token_id": 5}, {"eos_token_id": 9}, 9, 299),
+    ({"eos_token_id": 300, "bos_token_id": 300}, None, None, 299), ({"eos_token_id": 5, "bos_token_id": 7}, None, 5, 7),
+    ({"eos_token_id": 5}, {"eos_token_id": None}, None, 299), ({"eos_token_id": 5, "bos_token_id": 50256}, None, 5, 5),
+    ({"eos_token_id": 0, "bos_token_id": 0}, None, 0, 0), ({"eos_token_id": 5}, {"eos_token_id": [9]}, 9, 299),
+    ({"eos_token_id": 5}, {"bos_token_id": 9}, None, 9), ({"eos_token_id": -1}, None, None, 299), ({}, None, 299, 299),
+    ({"eos_token_id": [5]}, None, 5, 299), ({"eos_token_id": 5}, {}, None, 299),
 ])  # fmt: skip
 def test_the_ids_that_end_and_begin_a_text(tmp_path, config, generation, eot_id, bos_id):
     hf.write(tmp_path, config)
@@ -123,18 +121,17 @@ def test_a_tokenizer_may_say_in_several_ways_that_it_adds_nothing(tmp_path, tiny
     assert read_encoder(tmp_path).encode(TEXTS[0]) == tiny_encoder.encode(TEXTS[0])
 
 
-ADDITIONS = {name: ([False], True) for name in ("add_prefix_space", "add_bos_token", "add_eos_token")}
-CLASSES = {"tokenizer_class": (["GPT2Tokenizer", "GPT2TokenizerFast"], "CLIPTokenizer")}
-
-
-@pytest.mark.parametrize(("name", "values"), (ADDITIONS | CLASSES).items())
-def test_options_that_add_to_a_text_and_tables_of_another_tokenizer_are_refused_by_name(tmp_path, name, values):
+@pytest.mark.parametrize(("name", "good", "bad"), [
+    *((name, [False], True) for name in ("add_prefix_space", "add_bos_token", "add_eos_token")),
+    ("tokenizer_class", ["GPT2Tokenizer", "GPT2TokenizerFast"], "CLIPTokenizer"),
+])  # fmt: skip
+def test_options_that_add_to_a_text_and_tables_of_another_tokenizer_are_refused_by_name(tmp_path, name, good, bad):
     hf.write_older_tables(hf.write(tmp_path))
-    for value in values[0]:
+    for value in good:
         hf.write_json(tmp_path / "tokenizer_config.json", {name: value, "model_max_length": 1024})
         read_encoder(tmp_path)
-    hf.write_json(tmp_path / "tokenizer_config.json", {name: values[1]})
-    assert_refused(tmp_path, rf"tokenizer_config\.json: {name} is {json.dumps(values[1])}: only")
+    hf.write_json(tmp_path / "tokenizer_config.json", {name: bad})
+    assert_refused(tmp_path, rf"tokenizer_config\.json: {name} is {json.dumps(bad)}: only")
 
 
 def test_a_directory_without_a_tokenizer_says_which_files_it_could_have(tmp_path):
@@ -147,15 +144,11 @@ def test_a_directory_without_a_tokenizer_says_which_files_it_could_have(tmp_path
 DAMAGE = {
     "model.vocab": [None, [], {"a": "0"}, {"a": True}, {"a": 0}],
     "model.merges": [["a b c"], [["a"]], [["a", 1]], ["Ġ never"], [5], 5, None],
-    "added_tokens": [
-        5, ["<pad>"], [{"content": "<pad>"}], [{"id": 300}], [added(300, 5)], [added(300, None)],
-        [added("300", "<pad>")], [added(300, "")], [added(301, "<pad>")], [added(298, END_OF_TEXT)],
-        [added(5, "<pad>")], [added(300, "\ud800")],
-    ],
-    "post_processor": [
-        [1], "ByteLevel", {"type": "Sequence"}, {"type": "Sequence", "processors": 5}, in_sequence(5),
-        {"type": "TemplateProcessing", "single": None}, {"type": "TemplateProcessing", "single": [5]},
-    ],
+    "added_tokens": [5, ["<pad>"], [{"content": "<pad>"}], [{"id": 300}], [added(300, 5)], [added(300, None)],
+                     [added("300", "<pad>")], [added(300, "")], [added(301, "<pad>")], [added(298, END_OF_TEXT)],
+                     [added(5, "<pad>")], [added(300, "\ud800")]],
+    "post_processor": [[1], "ByteLevel", {"type": "Sequence"}, {"type": "Sequence", "processors": 5}, in_sequence(5),
+                       *({"type": "TemplateProcessing", "single": value} for value in (None, [5]))],
 }  # fmt: skip
 
 
@@ -196,12 +189,10 @@ def test_the_tokens_of_added_tokens_json_are_special_where_they_are_named_so(tmp
     assert [encoder.added_tokens[text].normalized for text in ("<tool>", "<pad>", "<x>")] == [True, False, False]
 
 
-DECODERS = [[], {"x": {"content": "<pad>"}}, {"300": "<pad>"}, *({"300": token} for token in ({}, {"content": 5}))]
-
-
 @pytest.mark.parametrize(("file", "value"), [
     *(("added_tokens.json", value) for value in ({"<pad>": "300"}, {"<pad>": None}, {"": 300}, {"<pad>": 301})),
-    *(("tokenizer_config.json", {"added_tokens_decoder": value}) for value in DECODERS),
+    *(("tokenizer_config.json", {"added_tokens_decoder": value}) for value in (
+        [], {"x": {"content": "<pad>"}}, {"300": "<pad>"}, {"300": {}}, {"300": {"content": 5}})),
 ], ids=str)  # fmt: skip
 def test_damaged_added_tokens_beside_tables_are_refused(tmp_path, file, value):
     hf.write_json(hf.write_older_tables(hf.write(tmp_path)) / file, value)

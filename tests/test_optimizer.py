@@ -67,8 +67,7 @@ def test_adamw_follows_the_paper():
     found = adamw_weights(weights, gradients, rates, decay.astype(np.float32))
     m, v = np.zeros(n), np.zeros(n)
     for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        m = 0.9 * m + 0.1 * gradient
-        v = 0.95 * v + 0.05 * gradient**2
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
         corrected = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
         weights = weights - rate * (corrected + decay * weights)
     np.testing.assert_allclose(found, weights, rtol=1e-5, atol=1e-6)

@@ -140,18 +140,9 @@ def test_each_sample_prints_its_own_ids_until_it_has_ended(capsys, tiny_encoder)
 
 
 def test_generation_ends_with_the_printing(capsys, tiny_encoder):
-    closed = []
-
-    def steps():
-        try:
-            while True:
-                yield tiny_encoder.encode("a")
-        finally:
-            closed.append(True)
-
-    making = steps()  # a reference, or it would end with its last one
+    making = (tiny_encoder.encode("a") for _ in itertools.count())  # a reference, or it would end with its last one
     terminal.print_samples(making, tiny_encoder, 100, 1, "aaa", None)
-    assert (closed, capsys.readouterr().out) == ([True], "\n")
+    assert (making.gi_frame, capsys.readouterr().out) == (None, "\n"), "it is closed"
 
 
 @pytest.mark.parametrize(("out_is_terminal", "err_is_terminal"), [(True, True), (False, True), (False, False)])

@@ -45,8 +45,8 @@ def save_tokenizer(directory, layout, entries=()):
     if layout == "transformers":
         tokenizer = GPT2Tokenizer.from_pretrained(directory)
         for entry in entries:
-            options = {name: value for name, value in entry.items() if name not in ("id", "content")}
-            tokenizer.add_tokens(AddedToken(entry["content"], **options), special_tokens=entry["special"])
+            options = {name: value for name, value in entry.items() if name != "id"}
+            tokenizer.add_tokens(AddedToken(**options), special_tokens=entry["special"])
         tokenizer.save_pretrained(directory)
 
 

@@ -72,8 +72,7 @@ def test_converted_weights_are_compared_with_their_checkpoint(released, tmp_path
     *_, params = load_encoder_hparams_and_params(str(directory), verify=True)
     changed = map_leaves(lambda path, array: array + 1e-6 * (path == ("ln_f", "b")), params)
     whole = {path: path.read_bytes() for path in directory.iterdir()}
-    metadata = map_tensors(directory / WEIGHTS)[1]
-    save_tensors(directory / WEIGHTS, tensors_of(changed), metadata)
+    save_tensors(directory / WEIGHTS, tensors_of(changed), map_tensors(directory / WEIGHTS)[1])
     with pytest.raises(ValueError, match=r"ln_f\.bias is not that of the checkpoint"):
         load_encoder_hparams_and_params(str(directory), verify=True)
     (directory / WEIGHTS).write_bytes(whole[directory / WEIGHTS])

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
@@ -69,13 +68,3 @@ def as_any_user() -> None:
     if os.geteuid() == 0:
         for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
-
-def has_permissions() -> bool:
-    """Whether the permissions of files hold for a child with `as_any_user`."""
-    if os.name != "posix":
-        return False
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o555)
-        command = [sys.executable, "-c", "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))", directory]
-        return subprocess.run(command, preexec_fn=as_any_user).returncode == 0
