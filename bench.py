@@ -223,7 +223,11 @@ def take_all(measures: list[Measure], n_rounds: int) -> list[dict]:
         for party, figure in measure.parties.items():
             time.sleep(PAUSE)
             measure.figures.setdefault(party, []).append(figure())
-    return [summarize(measure) for measure in measures]
+    rows = [summarize(measure) for measure in measures]
+    batches = [row for row in rows if row["group"] == "batch"]
+    for row in batches:
+        row["times_one_sequence"] = row["here"] / batches[0]["here"]
+    return rows
 
 
 def summarize(measure: Measure) -> dict:
@@ -309,8 +313,8 @@ def notes(rows: list[dict]) -> list[str]:
     lines += [f"  {text.format(**rates)}" for group, text in LIMITS.items() if group in groups]
     if any(row["unsteady"] for row in rows):
         lines.append(f"~ rounds differ by a factor of {UNSTEADY} or more: something else ran, do not trust the row")
-    if speeds := [row["here"] for row in rows if row["group"] == "batch"]:
-        lines.append(f"batches, times the speed of the first: {', '.join(f'{s / speeds[0]:.1f}' for s in speeds)}")
+    if factors := [f"{row['times_one_sequence']:.1f}" for row in rows if row["group"] == "batch"]:
+        lines.append(f"batches, times the speed of the first: {', '.join(factors)}")
     return lines
 
 

@@ -161,17 +161,18 @@ def choose_tokenizer(settings: Settings, text: Iterable[str]) -> Encoder:
     """The tokenizer of the model that is named in the settings, or one that is learned from the pieces of `text`."""
     if None not in (settings.init_from, settings.encoder):
         raise ValueError("the model to start from has its own tokenizer: leave out --init_from or --encoder")
-    if (source := settings.encoder if settings.init_from is None else settings.init_from) is not None:
-        encoder = get_encoder(source)
-        # Of what a tokenizer of Hugging Face may have, encoder.json and vocab.bpe cannot hold this.
-        odd = [text for text, token in encoder.added_tokens.items() if text != END_OF_TEXT or not token.special]
-        if not odd and encoder.eot_id != encoder.encoder.get(END_OF_TEXT):
-            odd = ["another end of text"]
-        if odd:
-            names = ", ".join(odd)[:80]
-            raise ValueError(f"{source}: its tokenizer has {names}, which a model trained here cannot keep")
-        return encoder
-    return Encoder(*train_bpe((piece.replace(END_OF_TEXT, "\n") for piece in whole_words(text)), settings.n_vocab))
+    source = settings.encoder if settings.init_from is None else settings.init_from
+    if source is None:
+        return Encoder(*train_bpe((piece.replace(END_OF_TEXT, "\n") for piece in whole_words(text)), settings.n_vocab))
+    encoder = get_encoder(source)
+    # Of what a tokenizer of Hugging Face may have, encoder.json and vocab.bpe cannot hold this.
+    odd = [text for text, token in encoder.added_tokens.items() if text != END_OF_TEXT or not token.special]
+    if not odd and encoder.eot_id != encoder.encoder.get(END_OF_TEXT):
+        odd = ["another end of text"]
+    if odd:
+        names = ", ".join(odd)[:80]
+        raise ValueError(f"{source}: its tokenizer has {names}, which a model trained here cannot keep")
+    return encoder
 
 
 def read_corpus(file: str, settings: Settings, encoder: Encoder | None = None) -> Corpus:

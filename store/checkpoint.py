@@ -211,7 +211,7 @@ def run_child(module: str, directory: Path, file: Path, purpose: str) -> None:
         raise kind(f"{directory}: the checkpoint could not be {purpose}: {reason}")
 
 
-def child(work: Callable[[Path, Path], None]) -> None:
+def child(work: Callable[[Path], None]) -> None:
     """Do the `work` of a process of `run_child`, with the paths in its arguments; it prints why it fails."""
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     directory, file = map(Path, sys.argv[1:])

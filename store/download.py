@@ -141,7 +141,8 @@ def receive(response: requests.Response, part: Path, n_bytes: int | None, most: 
         drop(part)
         names = REMEMBERED if headers.get("Content-Encoding", "identity") == "identity" else ()  # else of a packed file
         record = {name: headers[name] for name in names if name in headers}
-    write_text(record_of(part), json.dumps(record))
+    if record != read_record(part):  # else each break of the connection would wait for the disk
+        write_text(record_of(part), json.dumps(record))
     compare_lengths(length_of(part), n_bytes)
     length = length_of(part) or n_bytes
     limit = n_bytes or min(length or most, most)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from store.files import digests
-from store.tensors import BFLOAT16, FLOAT32, Lazy, map_tensors, save_tensors
+from store.tensors import BFLOAT16, Lazy, map_tensors, save_tensors
 
 
 def param_shapes(hparams: dict[str, int]) -> dict:
@@ -102,7 +102,7 @@ def nest_tensors(source: Path, tensors: dict[str, np.ndarray], shapes: dict, con
         if array.dtype != np.float32:
             raise ValueError(f"{source}: {name} has the type {array.dtype}, not float32, float16 or bfloat16")
         array.flags.writeable = False
-        return array.view(FLOAT32)
+        return array
 
     return map_leaves(find, shapes)
 

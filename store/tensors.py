@@ -120,9 +120,9 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray | Lazy], metadata: di
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def verify(path: Path) -> dict[str, str]:
-    """The metadata of a file whose every byte is as `write_tensors` has written it; else ValueError."""
-    metadata = map_tensors(path)[1]
+def verify(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """`map_tensors` of a file whose every byte is as `write_tensors` has written it; else ValueError."""
+    tensors, metadata = map_tensors(path)
     if len(written := metadata.get(DIGEST, "")) != len(NO_DIGEST):
         raise ValueError(f"{path} cannot be verified: it has no digest, as files that were written here have")
     hashed = hashlib.sha256()
@@ -133,7 +133,6 @@ def verify(path: Path) -> dict[str, str]:
         while chunk := file.read(HUGE_PAGE):
             hashed.update(chunk)
     if hashed.hexdigest() != written:
-        raise ValueError(
-            f"{path} is damaged: its bytes are not those that were written; delete it, and make or get it again"
-        )
-    return metadata
+        problem = "its bytes are not those that were written"
+        raise ValueError(f"{path} is damaged: {problem}; delete it, and make or get it again")
+    return tensors, metadata

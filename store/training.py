@@ -11,7 +11,7 @@ import numpy as np
 
 from store.params import count_params, param_shapes
 from store.tables import check_hparams
-from store.tensors import map_tensors, save_tensors, verify
+from store.tensors import save_tensors, verify
 
 VECTORS = ("weights", "m", "v")  # m and v are AdamW's moments
 SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
@@ -70,7 +70,8 @@ def load_state(path: Path) -> Training:
     if not path.is_file():
         raise FileNotFoundError(f"there is nothing to resume: {path} is missing")
     try:
-        tensors, record = map_tensors(path)[0], json.loads(verify(path)["record"])
+        tensors, metadata = verify(path)
+        record = json.loads(metadata["record"])
         settings = Settings(**check_types(Settings, record.get("settings"), "settings"))
         n_params = count_params(param_shapes(check_hparams(path, settings.hparams)))
         vectors = {name: np.array(tensors[name]) for name in VECTORS}  # copies, which can be written to

@@ -33,7 +33,7 @@ def verify_model(directory: Path) -> None:
         if SHA256.fullmatch(blob := path.resolve().name):
             expected = {path.name: blob}
         elif path.suffix == ".safetensors":
-            expected = verify(path)
+            _, expected = verify(path)
         elif path.name != CONFIG:
             raise ValueError(f"{path} cannot be verified: nothing tells what its bytes were")
         for file, sha256 in expected.items():
