@@ -1,4 +1,4 @@
-"""The bigram model: it only counts which token follows which, and has the loss that a GPT must beat."""
+"""The bigram model, which only counts how often each token follows another. A GPT must beat its loss."""
 
 import itertools
 import math
@@ -12,8 +12,8 @@ from sampling import sample
 
 
 def bigram(tokens: Sequence[int], n_vocab: int) -> Callable[[int], Array]:
-    """A function from a token a to P(b | a) = (count of a b + 1) / (count of a + n_vocab) for all b, [n_vocab]."""
-    followers = defaultdict(Counter)
+    """Return a function of a token a: P(b | a) = (count of a b + 1) / (count of a + n_vocab) for all b, [n_vocab]."""
+    followers: dict[int, Counter] = defaultdict(Counter)
     for a, b in itertools.pairwise(tokens):
         followers[a][b] += 1
 
@@ -26,15 +26,13 @@ def bigram(tokens: Sequence[int], n_vocab: int) -> Callable[[int], Array]:
 
 
 def loss(probabilities: Callable[[int], Array], tokens: Sequence[int]) -> float:
-    """The mean loss of `tokens` but the first under a bigram model, in nats."""
+    """The mean loss of all `tokens` but the first under a bigram model, in nats."""
     return -math.fsum(math.log(probabilities(a)[b]) for a, b in itertools.pairwise(tokens)) / (len(tokens) - 1)
 
 
-def generate(
-    probabilities: Callable[[int], Array], ids: list[int], n_tokens: int, temperature: float, rng: np.random.Generator
-) -> list[int]:
-    """`ids`, and n_tokens more that a bigram model draws after them."""
-    ids = list(ids)
+def generate(probabilities: Callable, ids: list[int], n_tokens: int, temperature: float, seed: int) -> list[int]:
+    """`ids`, and n_tokens more tokens, each drawn by a bigram model from the token before it."""
+    ids, rng = list(ids), np.random.default_rng(seed)
     for _ in range(n_tokens):
         ids.append(int(sample(np.log(probabilities(ids[-1])), rng, temperature)))
     return ids

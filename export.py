@@ -1,7 +1,7 @@
-"""Export a model for other programs: a directory that transformers, and all that reads its files, can open."""
+"""Export a model as a directory that transformers, and every program that reads the same files, can open."""
 
 if __name__ == "__main__":
-    from show.start import run  # first: Ctrl-C during the imports below ends without a traceback
+    from show.start import run  # imported first, so that Ctrl-C during the slow imports below prints no traceback
 
 import json
 import os
@@ -9,34 +9,22 @@ from pathlib import Path
 
 from encoder import Encoder
 from store.files import digests, replacing_directory, write_text
-from store.huggingface import CONFIG, DEFAULTS, NAMES, TOKENIZER
+from store.huggingface import CONFIG, DEFAULTS, NAMES, TOKENIZER, TOKENIZER_CONFIG
 from store.params import tensors_of
 from store.tables import format_merges
 from store.tensors import WEIGHTS, save_tensors
 from utils import open_model
 
 
-def describe_config(encoder: Encoder, hparams: dict, params: dict) -> dict:
-    """The contents of config.json. Other scales of attention are in the weights."""
-    return DEFAULTS | {theirs: hparams[ours] for ours, theirs in NAMES.items()} | {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
-        "dtype": "float32",
-        "n_ctx": hparams["n_ctx"],  # an old name of n_positions, which llama.cpp's converter asks for
-        "n_inner": hparams.get("n_inner"), "tie_word_embeddings": "lm_head" not in params,
-        "layer_norm_epsilon": params["ln_f"].get("eps", DEFAULTS["layer_norm_epsilon"]),
-        "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eot_id,
-    }  # fmt: skip
-
-
 def describe_tokenizer(encoder: Encoder) -> dict:
     """The contents of tokenizer.json."""
     added = []
-    for text, token in sorted(encoder.added_tokens.items(), key=lambda item: encoder.encoder[item[0]]):
+    for token in sorted(encoder.added_tokens.values(), key=lambda token: encoder.encoder[token.text]):
         flags = {name: flag for name, flag in vars(token).items() if name != "text"}
-        added.append({"id": encoder.encoder[text], "content": text, **flags})
+        added.append({"id": encoder.encoder[token.text], "content": token.text, **flags})
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "added_tokens": added,
         "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
@@ -46,48 +34,46 @@ def describe_tokenizer(encoder: Encoder) -> dict:
     }  # fmt: skip
 
 
-def describe_options(encoder: Encoder, n_ctx: int) -> dict:
-    """The contents of tokenizer_config.json."""
-    # A token that is named here becomes special, so only tokens that are special are named.
-    special = {encoder.encoder[text]: text for text, token in encoder.added_tokens.items() if token.special}
-    bos, eos = special.get(encoder.bos_id), special.get(encoder.eot_id)
-    return {
-        "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": n_ctx, "bos_token": bos,
-        "eos_token": eos, "unk_token": eos, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
-
-
 def export_model(encoder: Encoder, hparams: dict, params: dict, directory: Path) -> None:
     """Fill an empty directory with the files of a model in transformers' layout."""
+    # Settings that scale attention keep their defaults, because `params` is already scaled.
+    config = DEFAULTS | {theirs: hparams.get(ours) for ours, theirs in NAMES.items()} | {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+        "dtype": "float32", "tie_word_embeddings": "lm_head" not in params, "bos_token_id": encoder.bos_id,
+        "n_ctx": hparams["n_ctx"],  # an old name of n_positions that llama.cpp's converter needs
+        "layer_norm_epsilon": params["ln_f"].get("eps", DEFAULTS["layer_norm_epsilon"]), "eos_token_id": encoder.eot_id,
+    }  # fmt: skip
+    # transformers makes the tokens that are named in tokenizer_config.json special, so name only special tokens.
+    special = {encoder.encoder[text]: text for text, token in encoder.added_tokens.items() if token.special}
+    bos, eos = (None if i is None else special.get(i) for i in (encoder.bos_id, encoder.eot_id))
     contents = {
-        CONFIG: describe_config(encoder, hparams, params),
+        CONFIG: config,
         TOKENIZER: describe_tokenizer(encoder),
-        "tokenizer_config.json": describe_options(encoder, hparams["n_ctx"]),
+        TOKENIZER_CONFIG: {
+            "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": hparams["n_ctx"],
+            "bos_token": bos, "eos_token": eos, "unk_token": eos, "clean_up_tokenization_spaces": False,
+        },
         "vocab.json": encoder.encoder,
-    }
+    }  # fmt: skip
     for file, value in contents.items():
         write_text(directory / file, json.dumps(value, ensure_ascii=False, indent=2))
     write_text(directory / "merges.txt", format_merges(encoder.bpe_ranks))
-    tensors = {f"transformer.{name}": array for name, array in tensors_of(params).items()}
-    if "lm_head" in params:
-        tensors["lm_head.weight"] = tensors.pop("transformer.lm_head.weight")
+    tensors = {name if name == "lm_head.weight" else f"transformer.{name}": a for name, a in tensors_of(params).items()}
     save_tensors(directory / WEIGHTS, tensors, {"format": "pt", **digests(directory, (*contents, "merges.txt"))})
 
 
-def main(model_size: str, out: str, models_dir: str = "models") -> None:
-    """Write the model MODEL_SIZE to a new directory OUT, for transformers and all that reads its files."""
-    directory = Path(os.path.abspath(out))
-    if not out:
-        raise ValueError("OUT is empty: it is the directory to make")
-    if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
-        raise FileExistsError(f"{out} is there already: choose another name")
+def main(model_size: str, out: str, models_dir: str | None = None) -> None:
+    """Write the model MODEL_SIZE to a new directory OUT, for transformers and programs that read the same files."""
+    path = Path(os.path.abspath(out))
+    if not out or path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise FileExistsError(f"{out!r} is not a new or empty directory: choose another name")
     _, encoder, hparams, params = open_model(model_size, models_dir)
     try:
-        with replacing_directory(directory) as new:
+        with replacing_directory(path) as new:
             export_model(encoder, hparams, params, new)
     except OSError as error:
         raise OSError(f"{out} cannot be written: {error.strerror or error}") from error
-    print(f"{out}: written; in transformers: AutoModelForCausalLM.from_pretrained({out!r})")
+    print(f"{out} is written. Open it in transformers with AutoModelForCausalLM.from_pretrained({out!r})")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Training speed beside PyTorch's: the same model of torch.nn modules, batch, precision and threads, in turn.
+"""Compare training speed with PyTorch: the same model, batch, precision and number of threads, measured in turn.
 
     python dev/bench_train.py        # needs requirements-reference.txt
 
-The shape is that of models/shakespeare. One PyTorch model computes attention product by product, as gpt2.py does, the
-other with PyTorch's fused function.
+The shape is that of models/shakespeare. One PyTorch model computes attention one product at a time, as gpt2.py does.
+The other uses PyTorch's fused function.
 """
 
 import math
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.threads import core_threads, n_blas_threads
+from engine.threads import n_blas_threads, one_thread_per_core
 from optimizer import adamw, clip_gradient, compute_gradient, initialize, weight_decay
 from store.params import count_params, param_shapes, view_as
 
@@ -69,7 +69,7 @@ class GPT(nn.Module):
 
 
 def torch_trainer(fused: bool):
-    """A function that trains a PyTorch model by one batch."""
+    """A function that trains a PyTorch model on one batch."""
     model = GPT(fused)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -84,16 +84,16 @@ def torch_trainer(fused: bool):
     return step
 
 
-def numpy_trainer(n_threads: int, pool: ThreadPoolExecutor):
-    """A function that trains the project's model by one batch."""
+def numpy_trainer(n_threads: int, pool: Executor):
+    """A function that trains this project's model on one batch."""
     shapes = param_shapes(HPARAMS)
-    weights, m, v, *buffers = np.zeros((3 + n_threads, count_params(shapes)), np.float32)
+    weights, m, v, *gradients = np.zeros((3 + n_threads, count_params(shapes)), np.float32)
     params, decay = view_as(shapes, weights), weight_decay(shapes)
     initialize(params, np.random.default_rng(0))
-    shares = [(buffer, view_as(shapes, buffer)) for buffer in buffers]
+    buffers = [(vector, view_as(shapes, vector)) for vector in gradients]
 
     def step(windows: np.ndarray) -> None:
-        _, gradient = compute_gradient(windows, params, HPARAMS["n_head"], DROPOUT, (0, 1), shares, pool)
+        _, gradient = compute_gradient(windows, params, HPARAMS["n_head"], DROPOUT, (0, 1), buffers, pool)
         clip_gradient(gradient)
         adamw(weights, gradient, m, v, decay, 1, RATE)
 
@@ -105,8 +105,8 @@ def main() -> None:
     torch.set_num_threads(n_threads)
     n_tokens = STEPS * BATCH_SIZE * HPARAMS["n_ctx"]
     windows = np.random.default_rng(0).integers(0, HPARAMS["n_vocab"], (STEPS, BATCH_SIZE, HPARAMS["n_ctx"] + 1))
-    speeds = {}
-    with core_threads() as pool:
+    speeds: dict[str, list[float]] = {}
+    with one_thread_per_core() as pool:
         trainers = {
             "this project": numpy_trainer(n_threads, pool),
             "PyTorch, eager": torch_trainer(fused=False),
@@ -119,10 +119,10 @@ def main() -> None:
                     step(batch)
                 speeds.setdefault(name, []).append(n_tokens / (time.perf_counter() - start))
     print(f"{HPARAMS}, batches of {BATCH_SIZE}, dropout {DROPOUT}, {n_threads} threads, float32")
-    best = statistics.median(speeds["this project"][1:])  # the first round warms up
+    ours = statistics.median(speeds["this project"][1:])  # the first round warms up
     for name, figures in speeds.items():
         median = statistics.median(figures[1:])
-        print(f"{name:32} {median:8,.0f} tokens/s   this project / it: {best / median:.2f}")
+        print(f"{name:32} {median:8,.0f} tokens/s   speed of this project, relative to it: {ours / median:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Damage the files of a tiny model in all ways that lead to new code, and see that what reads them takes it well.
+"""Damage the files of a tiny model, guided by code coverage, and check that they are read or refused properly.
 
     pip install atheris && python dev/fuzz.py    # ends after 200,000 inputs, ten minutes, or one finding
-    python dev/fuzz.py -runs=1 FILE              # a finding once more; more options are libFuzzer's
+    python dev/fuzz.py -runs=1 FILE              # repeats a finding; libFuzzer documents more options
 
-A file is either refused, with a ValueError or OSError of one line that begins with its place, or what is read from it
-works. All else is a finding: another error, a crash, ten seconds or two gigabytes spent on one input.
+A file must be refused by a ValueError or OSError of one line that starts with its path, or what is read from it must
+work. Anything else is a finding: another error, a crash, or ten seconds or two gigabytes spent on one input.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save
 
 try:
     import atheris
@@ -32,14 +32,14 @@ with atheris.instrument_imports(include=["encoder", "store"]):
     from store import huggingface
     from store.params import count_params, flatten, map_params, param_shapes, tensor_name
     from store.tables import check_hparams, read_hparams
-    from store.tensors import WEIGHTS, map_tensors
+    from store.tensors import WEIGHTS, map_tensors, save_tensors
     from store.training import Settings, load_state
 
 HPARAMS = {"n_vocab": 3, "n_ctx": 1, "n_embd": 2, "n_head": 1, "n_layer": 1}
-BYTES = json.dumps({character: i for i, character in enumerate(BYTE_DECODER)})[:-1].encode()  # how encoder.json begins
-ALL_BYTES = b'"BYTES":0'  # in the vocabulary of an input, for all of BYTES
+BYTES = json.dumps({character: i for i, character in enumerate(BYTE_DECODER)})[:-1].encode()  # starts encoder.json
+ALL_BYTES = b'"BYTES":0'  # stands for all of BYTES in the vocabulary of an input
 TEXT = "Hëllo, it's 2 o'clock \U0001f44b\0\r\n\t <|endoftext|>\u2028" + "".join(map(chr, range(256)))
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^\s",:{}\[\]]+|\s|.', re.DOTALL)  # of JSON
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^\s",:{}\[\]]+|\s|.', re.DOTALL)  # a token of JSON
 CONFIG = {
     "model_type": "gpt2", "vocab_size": 3, "n_positions": 1, "n_embd": 2, "n_head": 1, "n_layer": 1, "n_inner": None,
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -57,7 +57,7 @@ ODD += [b" ", b"\n", b",", b":", "\ufeff".encode(), "\u2028".encode(), b"9" * 50
 
 
 def undamaged() -> list[bytes]:
-    """The inputs from which all others come: a digit for what it is, JSON, then a zero byte and what else there is."""
+    """The first inputs: a digit that says which file it is, its JSON, and for some a zero byte and more bytes."""
     tables = b'1,"ll":256,"ell":257,"<|endoftext|>":258}\0#version: 0.2\nl l\ne ll\n'
     mixed = b"""3{"__metadata__":{"a":"b"},"x":{"dtype":"I8","shape":[1,3],"data_offsets":[0,3]},
         "y":{"dtype":"F32","shape":[],"data_offsets":[3,7]}}\0weights"""
@@ -70,18 +70,17 @@ def undamaged() -> list[bytes]:
         "settings": {**dataclasses.asdict(Settings()), **HPARAMS},
     }  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    vocabulary = {"BYTES": 0, "ll": 256, "ell": 257, "<|endoftext|>": 258, "<a>": 259}
+    vocab = {"BYTES": 0, "ll": 256, "ell": 257, "<|endoftext|>": 258, "<a>": 259}
     flags = {"special": False, "lstrip": True, "rstrip": False, "single_word": False, "normalized": True}
     tokenizer = {
         "added_tokens": [{"id": 258, "content": "<|endoftext|>"}, {"id": 259, "content": "<a>", **flags}],
         "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
         "post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]},
-        "model": {"type": "BPE", "dropout": None, "vocab": vocabulary, "merges": ["l l", ["e", "ll"]]},
+        "model": {"type": "BPE", "dropout": None, "vocab": vocab, "merges": ["l l", ["e", "ll"]]},
     }  # fmt: skip
     files = dict.fromkeys(flatten(random_params(HPARAMS), tensor_name), "part.safetensors")
     objects = {b"0": HPARAMS, b"4": record, b"5": CONFIG, b"6": tokenizer, b"7": {"metadata": {}, "weight_map": files}}
-    separators = (",", ":")
-    whole = [kind + json.dumps(value, separators=separators).encode() for kind, value in objects.items()]
+    whole = [kind + json.dumps(value, separators=(",", ":")).encode() for kind, value in objects.items()]
     return [*whole, tables, b"2" + weights, mixed, gpt2]
 
 
@@ -89,7 +88,7 @@ INPUTS = undamaged()
 
 
 def check(directory: Path, data: bytes) -> None:
-    """Write what an input stands for, and read it."""
+    """Write the file that an input describes, and read it."""
     kind, (text, _, rest) = data[:1], data[1:].partition(b"\0")
     try:
         if kind == b"0":
@@ -103,7 +102,7 @@ def check(directory: Path, data: bytes) -> None:
             check_state(directory / "state", text.decode("utf-8", "replace"))
         elif kind in (b"5", b"6", b"7"):
             check_huggingface(directory / "huggingface", HUGGINGFACE_FILES[kind], text)
-        else:  # with 2, the length of the header is part of what is damaged
+        else:  # 2 is a whole file, so that the length of its header is damaged too, and 3 is a header and its data
             whole = data[1:] if kind == b"2" else len(text).to_bytes(8, "little") + text + rest
             (directory / WEIGHTS).write_bytes(whole)
             check_weights(directory / WEIGHTS)
@@ -113,7 +112,7 @@ def check(directory: Path, data: bytes) -> None:
 
 
 def check_sizes(hparams: dict) -> None:
-    hparams["n_layer"] = min(hparams["n_layer"], 100)  # the 10,000 that are allowed take half a second
+    hparams["n_layer"] = min(hparams["n_layer"], 100)  # 10,000 layers are allowed, but take half a second
     assert 0 < count_params(param_shapes(hparams)) < 2**63
 
 
@@ -130,9 +129,9 @@ def check_tables(directory: Path) -> None:
 
 
 def check_state(path: Path, record: str) -> None:
-    """A training with this record is refused, or each number in it has its type."""
+    """Check that a training with this record is refused, or consistent."""
     vectors = {name: np.zeros(count_params(param_shapes(HPARAMS)), np.float32) for name in ("weights", "m", "v")}
-    save_file(vectors, path, {"record": record})
+    save_tensors(path, vectors, {"record": record})
     training = load_state(path)
     check_hparams(path, training.settings.hparams)
     assert training.vectors["m"].size == count_params(param_shapes(training.settings.hparams))
@@ -142,7 +141,7 @@ def check_state(path: Path, record: str) -> None:
 
 
 def check_huggingface(directory: Path, damaged: str, text: bytes) -> None:
-    """Of a directory in Hugging Face's layout, one file is the input."""
+    """Check a model in Hugging Face's layout, in which the file `damaged` has this text."""
     directory.mkdir(exist_ok=True)
     for file, content in HUGGINGFACE.items():
         (directory / file).write_bytes(content)
@@ -161,7 +160,7 @@ def check_huggingface(directory: Path, damaged: str, text: bytes) -> None:
 def check_weights(path: Path) -> None:
     tensors, metadata = map_tensors(path)
     assert all(isinstance(text, str) for item in metadata.items() for text in item)
-    expected = load_file(path)  # the library's way, which copies
+    expected = load_file(path)  # the library makes copies
     assert tensors.keys() == expected.keys()
     for name, array in tensors.items():
         assert not array.flags.writeable
@@ -172,8 +171,8 @@ def check_weights(path: Path) -> None:
     assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {n: (s, "<f4") for n, s in wanted.items()}
 
 
-def end(tokens: list[bytes], start: int) -> int:
-    """Where the value ends that begins at `start`: behind the bracket that closes it, or one token."""
+def end_of_value(tokens: list[bytes], start: int) -> int:
+    """The end of the JSON value that starts at `start`: after its closing bracket, or after one token."""
     depth = 0
     for i, token in enumerate(tokens[start:], start + 1):
         depth += (token in b"{[") - (token in b"}]")
@@ -183,21 +182,21 @@ def end(tokens: list[bytes], start: int) -> int:
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-    """Another input: its bytes are changed, or values replaced, or members of a list or object removed or doubled."""
+    """Make another input: change bytes, replace values, or remove or repeat members of lists and objects."""
     draw = random.Random(seed)
-    data = draw.choice((data, draw.choice(INPUTS)))  # else most would be damaged in several places
+    data = draw.choice((data, draw.choice(INPUTS)))  # otherwise most inputs would be damaged in several places
     tokens = TOKEN.findall(data[1:])
     if draw.random() < 0.3 or not tokens:
         return atheris.Mutate(data, max_size)
     for _ in range(draw.choice((1, 1, 2))):
         starts = [i for i, token in enumerate(tokens) if token not in b",:}]"] or [0]
         i, k = draw.choice(starts), draw.choice(starts)
-        j = end(tokens, i)
+        j = end_of_value(tokens, i)
         if draw.random() < 0.6:
-            tokens[i:j] = draw.choice(([draw.choice(ODD)], tokens[k : end(tokens, k)]))
+            tokens[i:j] = draw.choice(([draw.choice(ODD)], tokens[k : end_of_value(tokens, k)]))
         else:
-            j = end(tokens, j + 1) if tokens[j : j + 1] == [b":"] else j  # a name goes with its value
-            tokens[i : j + 1] = draw.choice(([], 2 * tokens[i : j + 1]))  # and with the comma
+            j = end_of_value(tokens, j + 1) if tokens[j : j + 1] == [b":"] else j  # a name with its value
+            tokens[i : j + 1] = draw.choice(([], 2 * tokens[i : j + 1]))  # including the comma
     return (data[:1] + b"".join(tokens))[:max_size]
 
 
@@ -215,7 +214,7 @@ def fuzz(directory: Path, options: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--in"]:
         fuzz(Path(sys.argv[2]), sys.argv[3:])
-    else:  # libFuzzer ends its process on the spot, so another one removes the files
+    else:  # libFuzzer exits without cleaning up, so this process removes the files
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
             status = subprocess.call([sys.executable, __file__, "--in", directory, *sys.argv[1:]])
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""Make tests/golden.npz: what transformers' GPT2LMHeadModel computes, for where PyTorch is not installed.
+"""Write tests/golden.npz, the results of transformers' GPT2LMHeadModel, for tests on machines without PyTorch.
 
 python dev/make_golden.py        # needs requirements-reference.txt
 """
@@ -34,7 +34,7 @@ def main() -> None:
             logits[str(case)] = model(torch.tensor(inputs_of(case))[None]).logits[0].numpy()[case.positions]
     trace = reference_trace(TRACED, random_params(TRACED.hparams, TRACED.seed))
     loss, grads = reference_gradient(GRADIENT_HPARAMS, *gradient_inputs())
-    names = flatten(gradient_inputs()[0], tensor_name)  # in the order of the parameters
+    names = flatten(gradient_inputs()[0], tensor_name)  # the gradient has the parameters' order
     gradient = np.concatenate([grads[name].ravel() for name in names])
     traced = {f"trace-{name}": array for name, array in trace.items()}
     np.savez_compressed(PATH, **logits, **traced, **{"gradient": gradient, "gradient-loss": loss})

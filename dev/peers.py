@@ -1,6 +1,6 @@
-"""Other libraries that do the same work, for bench.py: transformers, llama.cpp, tiktoken.
+"""The models that bench.py measures, and the programs that run them: this project, transformers, llama.cpp, tiktoken.
 
-Each is loaded when it is first used.
+Each library is loaded when it is first used.
 """
 
 import functools
@@ -15,13 +15,18 @@ from unittest import mock
 import numpy as np
 from numpy import ndarray as Array
 
-from encoder import Encoder
+from encoder import Encoder, read_encoder
 from engine.threads import n_blas_threads
-from store.huggingface import is_huggingface
-from store.params import count_params, param_shapes, tensors_of
+from export import export_model
+from gpt2 import stream
+from optimizer import initialize
+from store.models import PROJECT, RELEASED, SMALL_FILES, TOKENIZER_FILES, find_model
+from store.params import count_params, param_shapes, tensors_of, view_as
 from store.tensors import WEIGHTS
+from utils import load_encoder_hparams_and_params, save_model
 
-PEERS = {  # the modules that a peer needs, and the packages that they are in
+SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
+PEERS = {  # the modules that a peer needs, and the packages that contain them
     "transformers": {"torch": "torch", "transformers": "transformers"},
     "llama_cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
     "tiktoken": {"tiktoken": "tiktoken"},
@@ -33,7 +38,7 @@ Engine = Callable[[Array, int], Iterator]  # like gpt2.stream: ids [n_seq] or [n
 
 @dataclass
 class Model:
-    """What is measured: a model, where its weights and its tokenizer come from, and remarks for the report."""
+    """A model, where its weights and its tokenizer come from, and remarks for the report."""
 
     directory: Path
     weights: str
@@ -48,31 +53,49 @@ class Model:
         return count_params(param_shapes(self.hparams))
 
 
+def open_model(name: str, models_dir: str | None, temporary: Path) -> Model:
+    """The model `name`. A released model that is not on disk is not downloaded: its shape gets random weights."""
+    directory = tokenizer = find_model(name, models_dir)
+    missing = [file for file in (*SMALL_FILES, WEIGHTS) if not (directory / file).is_file()]
+    weights = WEIGHTS
+    if name in RELEASED and missing:
+        weights = f"random, because {directory / WEIGHTS} does not exist"
+        if missing[0] in TOKENIZER_FILES:
+            tokenizer = PROJECT / "models" / "shakespeare"
+        directory = temporary / name
+        n_embd, n_head, n_layer = SHAPES[name]
+        hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+        shapes = param_shapes(hparams)
+        params = view_as(shapes, np.empty(count_params(shapes), np.float32))
+        initialize(params, np.random.default_rng(0))
+        save_model(directory, read_encoder(tokenizer), hparams, params)
+    directory = directory.resolve()
+    source = str(directory) if name in RELEASED else name  # opened by name, a Hugging Face model gets its weights
+    return Model(directory, weights, str(tokenizer), *load_encoder_hparams_and_params(source, models_dir))
+
+
 def check_installed(names: Iterable[str]) -> list[str]:
-    """The packages that these peers need; ImportError, with what to install, if one is missing."""
+    """The packages that these peers need. Raises ImportError, with what to install, if one is missing."""
     packages = {module: package for name in names for module, package in PEERS[name].items()}
     if missing := [package for module, package in packages.items() if not importlib.util.find_spec(module)]:
         raise ImportError(f"not installed: pip install {' '.join(missing)}, or leave it out of --against")
     return list(packages.values())
 
 
-def transformers_engine(model: Model) -> Engine:
-    """Hugging Face transformers on PyTorch, float32."""
+def transformers_engine(model: Model, temporary: Path) -> Engine:
+    """Hugging Face transformers on PyTorch, with float32 weights."""
 
     @functools.cache
     def load():
         import torch
-        from safetensors.torch import load_file
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel, logging
 
+        logging.disable_progress_bar()
         torch.set_num_threads(n_blas_threads())
-        if is_huggingface(model.directory):
-            return GPT2LMHeadModel.from_pretrained(model.directory, dtype=torch.float32).eval()
-        shape = {name: model.hparams[name] for name in ("n_embd", "n_head", "n_layer")}
-        shape |= {"vocab_size": model.hparams["n_vocab"], "n_positions": model.hparams["n_ctx"]}
-        gpt2 = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
-        gpt2.transformer.load_state_dict(load_file(model.directory / WEIGHTS))
-        return gpt2
+        directory = temporary / "transformers"
+        directory.mkdir()
+        export_model(model.encoder, model.hparams, model.params, directory)
+        return GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32).eval()
 
     def run(ids: Array, n_tokens: int) -> Iterator:
         gpt2 = load()
@@ -89,7 +112,7 @@ def transformers_engine(model: Model) -> Engine:
 
 
 def write_gguf(path: Path, model: Model, kind: str) -> None:
-    """Write the weights as llama.cpp reads them: f32, or q8_0, in which the matrices are int8."""
+    """Write the weights in llama.cpp's format. `kind` is f32, or q8_0 for int8 matrices."""
     import gguf
 
     dtype, writer = gguf.GGMLQuantizationType[kind.upper()], gguf.GGUFWriter(path, "gpt2")
@@ -98,11 +121,12 @@ def write_gguf(path: Path, model: Model, kind: str) -> None:
         getattr(writer, f"add_{key}")(model.hparams[name])
     writer.add_feed_forward_length(model.params["blocks"][0]["mlp"]["c_fc"]["b"].size)
     writer.add_layer_norm_eps(model.params["ln_f"].get("eps", 1e-5))
-    writer.add_tokenizer_model("no_vocab")  # it is given ids and asked for ids
+    writer.add_tokenizer_model("no_vocab")  # llama.cpp gets ids and returns ids
     names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "h.": "blk."}
     names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     names |= {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
     for name, array in tensors_of(model.params).items():
+        array = np.asarray(array)
         is_matrix = array.ndim == 2 and name != "wpe.weight"
         array = np.ascontiguousarray(array.T) if is_matrix and name not in ("wte.weight", "lm_head.weight") else array
         for ours, theirs in names.items():
@@ -118,7 +142,7 @@ def write_gguf(path: Path, model: Model, kind: str) -> None:
 
 
 def llama_cpp_engine(model: Model, temporary: Path, kind: str) -> Engine:
-    """llama.cpp, for one sequence at a time, with weights of a `kind` as in `write_gguf`."""
+    """llama.cpp, one sequence at a time, with weights of the `kind` that `write_gguf` writes."""
 
     @functools.cache
     def load():
@@ -127,9 +151,8 @@ def llama_cpp_engine(model: Model, temporary: Path, kind: str) -> Engine:
         path, params = temporary / f"{kind}.gguf", llama_cpp.llama_model_default_params()
         write_gguf(path, model, kind)
         if subprocess.run([sys.executable, "-c", PROBE, str(path)], capture_output=True).returncode:
-            # For example where the processor has AMX, but the system does not let it be used.
-            remark = f"llama.cpp crashes here with {kind} weights, but not without repacking them, as measured"
-            model.remarks.append(remark)
+            # This happens where the processor has AMX and the system does not allow it.
+            model.remarks.append(f"llama.cpp crashes with {kind} weights, so it is measured without repacking them")
             params.use_extra_bufts = False
         options = {"n_ctx": model.hparams["n_ctx"], "n_threads": n_blas_threads(), "n_threads_batch": n_blas_threads()}
         with mock.patch("llama_cpp.llama_cpp.llama_model_default_params", lambda: params):  # Llama has no option for it
@@ -151,19 +174,26 @@ def llama_cpp_engine(model: Model, temporary: Path, kind: str) -> Engine:
 
 
 def engines(model: Model, names: Iterable[str], temporary: Path) -> tuple[dict[str, Engine], dict[str, Engine]]:
-    """The peers that continue text, with float32 weights, and with int8 weights."""
-    float32, int8 = {}, {}
+    """This project (`here`) and the peers that generate text: first with float32 weights, then with int8 weights."""
+    n_head = model.hparams["n_head"]
+    float32: dict[str, Engine] = {"here": lambda ids, n_tokens: stream(ids, model.params, n_head, n_tokens)}
+    int8: dict[str, Engine] = {}
+    if importlib.util.find_spec("numba"):
+        from engine.int8 import quantize  # imported late: it needs Numba
+
+        quantized = functools.cache(lambda: quantize(model.params))
+        int8["here"] = lambda ids, n_tokens: stream(ids, quantized(), n_head, n_tokens)
     if "transformers" in names:
-        float32["transformers"] = transformers_engine(model)
+        float32["transformers"] = transformers_engine(model, temporary)
     if "llama_cpp" in names:
         float32["llama_cpp"] = llama_cpp_engine(model, temporary, "f32")
-        if model.hparams["n_embd"] % 32 == 0:  # the numbers in a block of q8_0
+        if int8 and model.hparams["n_embd"] % 32 == 0:  # q8_0 stores blocks of 32 numbers
             int8["llama_cpp"] = llama_cpp_engine(model, temporary, "q8_0")
     return float32, int8
 
 
 def tiktoken_encode(encoder: Encoder, word_pattern: str) -> Callable[[str], list[int]]:
-    """OpenAI's tiktoken with the tables of `encoder`, which cuts a text by `word_pattern`."""
+    """OpenAI's tiktoken with the tables of `encoder`. `word_pattern` is the pattern of the words in a text."""
     import tiktoken
 
     special = {text: encoder.encoder[text] for text, token in encoder.added_tokens.items() if token.special}

@@ -1,50 +1,48 @@
-"""int8 weights, a quarter of the bytes: `params = quantize(params)`, and a token takes a third of the time.
+"""int8 weights: `params = quantize(params)` cuts their memory to a quarter, and the time per token to a third.
 
-Each weight matrix becomes int8 with a float32 scale for each output, behind an object that answers `x @ w`, `w.T` and
-`w[ids]` as the array did. Biases, norms and positions stay float32. Numba compiles the products.
+Each weight matrix becomes int8 with a float32 scale for each output, in an object that supports `x @ w`, `w.T`
+and `w[ids]` as the array does. Biases, norms and positions stay float32. Numba compiles the products.
 """
 
 import contextlib
-import functools
 import hashlib
-import math
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray as Array
 
-# Threads that wait busily for long are many times slower as soon as another process wants their core.
+# Threads that spin while they wait become many times slower as soon as another process needs their core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 try:
     from numba import float32, njit, prange
 except ImportError as error:
     raise ImportError(f"int8 needs Numba: pip install -r requirements-fast.txt ({error})") from error
 
-from engine.threads import deferred
+from engine.threads import defer_signals
 from store import checkpoint
-from store.files import homes_of, locked, sweep
+from store.files import derived_file_directories, locked, remove_leftovers
 from store.models import INT8_WEIGHTS, RELEASED, load_params, weight_files
-from store.params import count_params, flatten, map_leaves, param_shapes, tensor_name
+from store.params import check_tensors, count_params, flatten, map_leaves, param_shapes, tensor_name, tensors_of
 from store.tensors import Lazy, map_tensors, save_tensors, write_tensors
 
-MOST_ROWS = 48  # for x with more rows, it is faster to widen w to float32 and let BLAS multiply
-BLOCK = 768  # rows of w that are widened at a time
-ANY_ORDER = {"reassoc", "contract"}  # lets the compiler add up the terms of a sum in any order, to vectorize it
-TABLES = (("wte",), ("lm_head",))  # quantized per row, as a row stands for a token; other matrices per column
+MAX_ROWS = 48  # if x has more rows, it is faster to convert w to float32 and let BLAS multiply
+BLOCK = 768  # rows of w that are converted at a time
+PER_ROW = ("wte.weight", "lm_head.weight")  # quantized per row, which is a token; other matrices per column
 
 
 def compiled(function: Callable) -> Callable:
-    """Numba's njit on all cores, which keeps what it has compiled on disk, if there is a directory to write to."""
-    options = {"parallel": True, "nogil": True, "fastmath": ANY_ORDER}
+    """Compile a function for all cores with Numba, which caches it on disk if it finds a directory to write to."""
+    options: dict = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract"}}  # so that it vectorizes sums
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:  # there is none, so every process compiles
+    except RuntimeError:  # there is no such directory, so every process compiles
         return njit(**options)(function)
 
 
@@ -52,7 +50,7 @@ def compiled(function: Callable) -> Callable:
 def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
     """y[i, j] = scale[j] * (x[i] . rows[j]): float32 [n, n_in], int8 [n_out, n_in], float32 [n_out], [n, n_out].
 
-    Eight rows at a time, far apart: as one stream of memory each they are read at 38 GB/s, eight neighbours at 17.
+    Reads eight rows at a time that are far apart in memory: they arrive at 38 GB/s, eight neighbouring rows at 17 GB/s.
     """
     n_out, n_in = rows.shape
     n = n_out // 8
@@ -80,31 +78,28 @@ def multiply(x: Array, rows: Array, scale: Array, y: Array) -> None:
             y[i, j] = y0 * scale[j]
 
 
-one_caller = threading.Lock()  # of `multiply`: not all of Numba's thread pools can serve two
-callers: set[int] = set()  # the process that has started Numba's threads
+multiply_lock = threading.Lock()  # not all of Numba's thread pools can serve two threads
+numba_pids: set[int] = set()  # processes that started Numba's threads: this one, or one that it was forked from
 
 
-def multiply_once(x: Array, rows: Array, scale: Array, y: Array) -> None:
-    """`multiply`, for one thread at a time; Ctrl-C during its compilation, where Numba would lose it, waits."""
-    with one_caller, deferred([] if getattr(multiply, "signatures", True) else [signal.SIGINT]) as received:
-        callers.add(os.getpid())
+def multiply_locked(x: Array, rows: Array, scale: Array, y: Array) -> None:
+    """`multiply`, one thread at a time. Ctrl-C waits while Numba compiles, because Numba would swallow it."""
+    with multiply_lock, defer_signals([] if getattr(multiply, "signatures", True) else [signal.SIGINT]) as received:
+        numba_pids.add(os.getpid())
         multiply(x, rows, scale, y)
     if received:
         raise KeyboardInterrupt
 
 
 class Int8:
-    """int8 rows [n_out, n_in] with a scale each that answer like a float32 array; `transposed`, of [n_in, n_out]."""
+    """int8 rows [n_out, n_in], each with a scale, that act as a float32 array; if `transposed`, as [n_in, n_out]."""
 
     __array_ufunc__ = None  # makes NumPy call __rmatmul__ instead of building an array of objects
     ndim, dtype = 2, np.dtype(np.float32)
 
     def __init__(self, rows: Array, scale: Array, transposed: bool = False) -> None:
         self.rows, self.scale, self.transposed = rows, scale, transposed
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows.shape[::-1] if self.transposed else self.rows.shape
+        self.shape = rows.shape[::-1] if transposed else rows.shape
 
     @property
     def T(self) -> "Int8":
@@ -128,9 +123,9 @@ class Int8:
             raise ValueError(f"x has {x.shape[-1]} columns, and w {self.shape[0]} rows: they cannot be multiplied")
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
         y = np.empty((len(rows), self.shape[1]), np.float32)
-        # GNU's OpenMP, with which Numba's threads work, would end a process that was forked from one with such threads.
-        if len(rows) <= MOST_ROWS and callers <= {os.getpid()}:
-            multiply_once(rows, self.rows, self.scale, y)
+        # After a fork, using Numba again would end the process if its threads are those of GNU's OpenMP.
+        if len(rows) <= MAX_ROWS and numba_pids <= {os.getpid()}:
+            multiply_locked(rows, self.rows, self.scale, y)
         else:
             for start in range(0, self.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
@@ -146,150 +141,118 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
         block = slice(start, start + BLOCK)
         largest = np.abs(rows[block]).max(axis=1)
         if not np.isfinite(largest).all():
-            raise ValueError("the weights hold numbers that are infinite or NaN: int8 cannot")
-        scale[block] = np.maximum(largest / 127, np.finfo(np.float32).tiny)  # of a row of zeros too
+            raise ValueError("the weights have infinite or NaN values, which int8 cannot represent")
+        scale[block] = np.maximum(largest / 127, np.finfo(np.float32).tiny)  # not 0, even for a row of zeros
         quantized[block] = np.rint(rows[block] / scale[block, None])
     quantized.flags.writeable = scale.flags.writeable = False
     return quantized, scale
 
 
-def is_quantized(path: tuple) -> bool:
-    """Whether the parameter of this path is a matrix or a table."""
-    return path in TABLES or path[-1] == "w"
-
-
-def rows_of(path: tuple, leaf: Array | Lazy) -> Array:
-    """The rows that have a scale each: of a table its own, of another matrix its columns."""
-    return np.asarray(leaf) if path in TABLES else np.asarray(leaf).T
-
-
 def quantize(params: dict) -> dict:
-    """`params` with int8 in the place of each weight matrix and of the tables."""
-
-    def convert(path: tuple, leaf: Array | Lazy) -> Array | Int8:
-        return Int8(*quantize_rows(rows_of(path, leaf)), path not in TABLES) if is_quantized(path) else leaf
-
-    return map_leaves(convert, params)
+    """`params` with an `Int8` in the place of each weight matrix."""
+    return from_tensors(params, to_tensors(params))
 
 
 def to_tensors(params: dict) -> dict[str, Array | Lazy]:
-    """The tensors of `model.int8.safetensors`: of a matrix its rows, by Hugging Face's name, and its `.scale`.
+    """The tensors of `model.int8.safetensors`: the rows of each matrix, under Hugging Face's name, and `.scale`."""
+    leaves = tensors_of(params)
+    tensors: dict[str, Array | Lazy] = {}
 
-    They are made from `params` one matrix at a time, when they are written in this order.
-    """
-    leaves = flatten(params, tuple)
+    @lru_cache(maxsize=1)  # read in order, each matrix is quantized once, and only one at a time is in memory
+    def quantized(name: str) -> tuple[Array, Array]:
+        w = np.asarray(leaves[name])
+        return quantize_rows(w if name in PER_ROW else w.T)
 
-    @functools.lru_cache(maxsize=1)
-    def quantized(path: tuple) -> tuple[Array, Array]:
-        return quantize_rows(rows_of(path, leaves[path]))
-
-    tensors = {}
-    for path, leaf in leaves.items():
-        name = tensor_name(path)
-        if is_quantized(path):
-            shape = leaf.shape if path in TABLES else leaf.shape[::-1]
-            tensors[name] = Lazy(shape, lambda path=path: quantized(path)[0], dtype=np.dtype(np.int8))
-            tensors[f"{name}.scale"] = Lazy(shape[:1], lambda path=path: quantized(path)[1])
-        elif not isinstance(leaf, float):
-            tensors[name] = leaf
+    for name, leaf in leaves.items():
+        tensors[name] = leaf
+        if len(leaf.shape) == 2 and name != "wpe.weight":
+            shape = leaf.shape if name in PER_ROW else leaf.shape[::-1]
+            tensors[name] = Lazy(shape, partial(lambda name: quantized(name)[0], name), dtype=np.dtype(np.int8))
+            tensors[f"{name}.scale"] = Lazy(shape[:1], partial(lambda name: quantized(name)[1], name))
     return tensors
 
 
-def from_tensors(params: dict, tensors: dict[str, Array]) -> dict:
-    """`quantize(params)` from its tensors; KeyError or ValueError if they are not what it would have."""
+def from_tensors(params: dict, tensors: Mapping[str, Array | Lazy]) -> dict:
+    """`quantize(params)`, made of its tensors."""
 
-    def find(path: tuple, leaf: Array | Lazy | float) -> Array | Int8 | float:
-        if isinstance(leaf, float):
-            return leaf  # an eps
+    def replace(path: tuple, leaf: Array | Lazy | float) -> Array | Lazy | float | Int8:
         name = tensor_name(path)
-        found = tensors[name]
-        if is_quantized(path):
-            found = Int8(found, tensors[f"{name}.scale"], transposed=path not in TABLES)
-            if (found.rows.dtype, found.scale.dtype, found.scale.shape) != (np.int8, np.float32, found.rows.shape[:1]):
-                raise ValueError(f"{name} is not int8 with a scale for each row")
-        if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(f"{name} has another shape or type")
-        return found
+        if (scale := tensors.get(f"{name}.scale")) is not None:
+            return Int8(np.asarray(tensors[name]), np.asarray(scale), transposed=name not in PER_ROW)
+        return tensors.get(name, leaf)  # the eps of a norm is not a tensor
 
-    return map_leaves(find, params)
+    return map_leaves(replace, params)
 
 
-def fingerprint(paths: list[Path], params: dict) -> str:
-    """What tells these weights from others without reading them: size and time of their files, and a sample.
+def map_int8(path: Path, params: dict) -> tuple[dict, dict[str, str]]:
+    """`quantize(params)`, memory-mapped from a file, and its metadata; ValueError if the file does not fit `params`."""
+    tensors, metadata = map_tensors(path)
+    found = {name: (*tensor.shape, tensor.dtype.name) for name, tensor in tensors.items()}
+    expected = {name: (*tensor.shape, tensor.dtype.name) for name, tensor in to_tensors(params).items()}
+    check_tensors(path, found, expected, "hparams.json")
+    return from_tensors(params, tensors), metadata
 
-    The sample has some numbers from the beginning, the middle and the end of every tensor. Weights that differ in other
-    places only, in files of the same size and time, are not told apart.
-    """
-    digest = hashlib.sha256(" ".join(f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths).encode())
-    for leaf in flatten(params, tuple).values():
-        array = np.asarray(leaf if getattr(leaf, "source", None) is None else leaf.source).reshape(-1)
+
+def fingerprint(files: Sequence[Path], params: dict) -> str:
+    """A hash of the files' sizes and times and of a sample of each tensor. It misses other changes of the weights."""
+    digest = hashlib.sha256(" ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files).encode())
+    for leaf in flatten(params, tensor_name).values():
+        source = getattr(leaf, "source", None)
+        array = np.asarray(leaf if source is None else source).reshape(-1)
         for part in (array[:16], array[array.size // 2 :][:16], array[-16:]):
             digest.update(part.tobytes())
     return digest.hexdigest()
 
 
 def map_quantized(directory: Path, params: dict) -> dict:
-    """`quantize(params)`, memory-mapped from `model.int8.safetensors`, which is made first if need be.
+    """`quantize(params)`, memory-mapped from `model.int8.safetensors`, which is written first if need be."""
+    homes, files = derived_file_directories(directory), weight_files(directory)  # the last home is written to
+    source = fingerprint(files, params)
 
-    It is in the model's directory, else in the user's cache; if neither can be written, the weights stay in memory.
-    """
-    homes, files = homes_of(directory), weight_files(directory)
-    source = {"source": fingerprint(files, params)}
-
-    def find() -> dict | None:
-        for path in (home / INT8_WEIGHTS for home in homes):
-            with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged or unreadable file is made anew
-                tensors, metadata = map_tensors(path)
-                if source.items() <= metadata.items():
-                    return from_tensors(params, tensors)
+    def map_current_file() -> dict | None:
+        for home in homes:
+            with contextlib.suppress(ValueError, OSError):  # a damaged or unreadable file is rebuilt
+                mapped, metadata = map_int8(home / INT8_WEIGHTS, params)
+                if metadata.get("source") == source:
+                    return mapped
         return None
 
-    if found := find():
-        return found
+    if mapped := map_current_file():
+        return mapped
     try:
         with locked(homes[-1]):
-            if not (found := find()):  # by now another process may have made it
-                path = homes[-1] / INT8_WEIGHTS
-                sweep(path)
+            if not map_current_file():  # another process may have written it by now
+                remove_leftovers(homes[-1] / INT8_WEIGHTS)
                 made_of = map_tensors(files[-1])[1] if files[-1].suffix == ".safetensors" else {}
-                save_tensors(path, to_tensors(params), made_of | source)
+                save_tensors(homes[-1] / INT8_WEIGHTS, to_tensors(params), made_of | {"source": source})
     except OSError as error:
-        print(f"{error}: int8 weights are made at every start", file=sys.stderr)
-    return found or find() or quantize(params)
+        print(f"{error}: each start makes the int8 weights again", file=sys.stderr)
+    return map_current_file() or quantize(params)  # in memory, if the file could not be written
 
 
 def load_quantized(name: str, directory: Path, hparams: dict[str, int]) -> dict:
-    """`store.models.load_params` with int8 weights.
-
-    A checkpoint that was not converted becomes int8 without float32 weights if the disk has no room for both. Raises
-    what `load_params` does.
-    """
-    shapes = param_shapes(hparams)
+    """`store.models.load_params` with int8 weights. Without disk space for float32 too, it makes only int8."""
     if weight_files(directory):
         return map_quantized(directory, load_params(name, directory, hparams))
-    params = map_leaves(lambda path, shape: Lazy(shape, lambda: None), shapes)
+    shapes, homes = param_shapes(hparams), derived_file_directories(directory)
     n_bytes = 4 * count_params(shapes)
-    n_quantized = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in to_tensors(params).values())
-    data, home = directory / checkpoint.CHECKPOINT_DATA, homes_of(directory)[-1]
-    n_missing = n_bytes - (data.stat().st_size if data.is_file() else 0)
-    is_there = any(checkpoint.is_current(home / INT8_WEIGHTS, directory) for home in homes_of(directory))
-    if not is_there and shutil.disk_usage(home).free >= n_missing + n_bytes + n_quantized:
-        return map_quantized(directory, load_params(name, directory, hparams))
-    if not is_there:
-        print(f"{directory}: only int8 weights are made, as the disk has no room for float32 ones", file=sys.stderr)
-    conversion = checkpoint.Conversion(INT8_WEIGHTS, n_quantized, "engine.int8")
-    path = checkpoint.find_weights(directory, n_bytes, name in RELEASED, conversion)
-    try:
-        return from_tensors(params, map_tensors(path)[0])
-    except KeyError as error:
-        raise ValueError(f"{path} does not fit hparams.json: {error} is missing; get both again") from error
+    params = map_leaves(lambda path, shape: np.broadcast_to(np.float32(0), shape), shapes)  # takes no memory
+    n_int8_bytes = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in to_tensors(params).values())
+    if not any(checkpoint.is_current(home / INT8_WEIGHTS, directory) for home in homes):
+        data = directory / checkpoint.CHECKPOINT_DATA
+        n_bytes_to_download = n_bytes - (data.stat().st_size if data.is_file() else 0)
+        if shutil.disk_usage(homes[-1]).free >= n_bytes_to_download + n_bytes + n_int8_bytes:
+            return map_quantized(directory, load_params(name, directory, hparams))
+        print(f"{directory}: only int8 weights are made, because the disk has no room for float32", file=sys.stderr)
+    path = checkpoint.find_weights(directory, n_bytes, name in RELEASED, INT8_WEIGHTS, n_int8_bytes, "engine.int8")
+    return map_int8(path, params)[0]
 
 
-def convert(target: Path) -> None:
-    """Write the checkpoint in the current directory as int8 weights to `target`: the work of a process of its own."""
+def convert_to_int8(target: Path) -> None:
+    """Write the checkpoint in the current directory to `target` as int8. This is the work of a separate process."""
     params, metadata = checkpoint.read_checkpoint()
     write_tensors(target, to_tensors(params), metadata)
 
 
 if __name__ == "__main__":
-    checkpoint.child(convert)
+    checkpoint.child(convert_to_int8)

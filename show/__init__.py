@@ -1,1 +1,3 @@
-"""What people see: the rules of the command line, text in a terminal, pictures, the page of a report."""
+"""What people see: the command line, text in a terminal, pictures and the page of a report."""
+
+__version__ = "1.0.0"

@@ -1,23 +1,23 @@
-"""What a script imports first, before all that is slow: Ctrl-C ends it without a traceback, and streams stay closed."""
+"""Every script imports this module first: Ctrl-C then prints no traceback, and closed streams stay closed."""
 
-import _signal  # signal itself takes 4 ms to import, in which Ctrl-C would have a traceback
+import _signal  # importing signal itself takes 4 ms, in which Ctrl-C would print a traceback
 import os
 
 if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `cli.run`
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `cli.run` restores the handler
 
 import sys
 import warnings
 from collections.abc import Callable
 
-# Where standard input, output or errors are closed, no file may get their numbers: what is printed would go into it.
+# If standard input, output or error is closed, no file may get its number, or prints would go into that file.
 while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     os.set_inheritable(descriptor, True)
 os.close(descriptor)
 
 
 def run(main: Callable | dict[str, Callable]) -> None:
-    """`cli.run`, imported late, and without the warnings of libraries beside its one line, unless Python has a -W."""
+    """`cli.run`, imported late. Warnings of libraries are hidden unless Python was started with -W."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     from show import cli

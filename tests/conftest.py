@@ -49,13 +49,13 @@ def released(tmp_path_factory, tiny_tensors):
 
 @pytest.fixture(scope="session")
 def shakespeare():
-    """The tokenizer, hyperparameters and weights of the bundled model."""
+    """The tokenizer, the hyperparameters and the weights of the bundled model."""
     return load_encoder_hparams_and_params(str(BUNDLED))
 
 
 @pytest.fixture(scope="session")
 def gpt2_encoder():
-    """The released tokenizer, where its two files are at hand."""
+    """The released tokenizer, if its two files are available."""
     return read_encoder(data_file("gpt2/encoder.json").parent)
 
 
@@ -71,9 +71,9 @@ def mirror(released, monkeypatch):
 
 @pytest.fixture
 def permissions(tmp_path_factory):
-    """For tests whose children run with `as_any_user`."""
+    """Skip a test whose children run with `as_any_user` if permissions do not restrict them."""
     directory = tmp_path_factory.mktemp("read-only")
     directory.chmod(0o555)
     code = "import os, sys; print(os.access(sys.argv[1], os.W_OK))"
     if os.name != "posix" or run_code(code, str(directory), preexec_fn=as_any_user) != "False\n":
-        pytest.skip("here the permissions of files do not hold for this user")
+        pytest.skip("file permissions do not restrict this user here")

@@ -1,4 +1,4 @@
-"""Added tokens, as encoder.Encoder finds them in a text before that is cut into words."""
+"""Added tokens: `Encoder` finds them in a text before the text is split into words."""
 
 import json
 import time
@@ -19,7 +19,7 @@ SHORT = [*"abc <>-\n_é", "ab", "<a>", "-é"]
 
 
 def with_tokens(entries):
-    """The tokenizer of the tests with the added tokens that tokenizer.json has as `entries`."""
+    """The tests' tokenizer with added tokens, given as the `entries` of tokenizer.json."""
     vocabulary, merges = tiny_tables()
     tokens = [AddedToken(e["content"], **{k: e[k] for k in e.keys() - {"id", "content"}}) for e in entries]
     return Encoder(vocabulary | {entry["content"]: entry["id"] for entry in entries}, merges, tokens)
@@ -31,12 +31,12 @@ def encoder():
 
 
 @pytest.mark.parametrize(("text", "segments"), SEGMENTS)
-def test_added_tokens_are_found_with_the_space_that_they_take(encoder, tiny_encoder, text, segments):
+def test_added_tokens_take_the_white_space_around_them(encoder, tiny_encoder, text, segments):
     expected = [[segment] if isinstance(segment, int) else tiny_encoder.encode(segment) for segment in segments]
     assert encoder.encode(text, allow_special=True) == list(chain(*expected))
 
 
-def test_special_tokens_are_text_unless_asked_for_and_other_added_ones_never_are(encoder, tiny_encoder):
+def test_special_tokens_are_text_unless_allowed_and_other_added_tokens_never_are(encoder, tiny_encoder):
     text, words = "<pad> <tool><|endoftext|> <mask>", tiny_encoder.encode
     assert encoder.encode(text) == [*words("<pad> "), 302, *words("<|endoftext|> <mask>")]
     assert encoder.encode(text, True) == [300, *words(" "), 302, 299, 301]
@@ -44,7 +44,12 @@ def test_special_tokens_are_text_unless_asked_for_and_other_added_ones_never_are
         assert encoder.decode(encoder.encode("<pad>«Ġ»<tool>yes( )", allow_special)) == "<pad>«Ġ»<tool>yes( )"
 
 
-def test_100_000_spaces_before_no_token_are_read_in_time(encoder, tiny_encoder):
+def test_the_longest_added_token_wins_and_normalized_tokens_come_last():
+    encoder = with_tokens([added(300, "ab"), added(301, "abc"), added(302, "c<", normalized=True), added(303, "<s>")])
+    assert [encoder.decoder[i] for i in encoder.encode("abcc<<s>c<s>", True)] == ["abc", "c<", "<s>", "c", "<s>"]
+
+
+def test_100_000_spaces_without_a_token_take_little_time(encoder, tiny_encoder):
     for space in (" " * 100_000, "\n" * 100_000):
         assert encoder.encode(space, True) == tiny_encoder.encode(space)
         assert encoder.encode(f"a{space}<mask>", True) == [*tiny_encoder.encode("a"), 301]
@@ -56,7 +61,7 @@ def test_100_000_spaces_before_no_token_are_read_in_time(encoder, tiny_encoder):
     ([f"{'_' * 999}{i}" for i in range(3000)], "_" * 100_000), (["_" * i for i in range(2, 3000)], "_!" * 50_000),
     ([f"{'_' * i}!" for i in range(1, 3000)], "_" * 100_000),
 ])  # fmt: skip
-def test_3000_tokens_that_begin_alike_are_sought_in_time(tiny_encoder, names, text):
+def test_3000_tokens_that_start_alike_take_little_time(tiny_encoder, names, text):
     encoder, before = with_tokens([added(300 + i, name) for i, name in enumerate(names)]), time.process_time()
     assert encoder.encode(f"{text} {names[7]}", True) == [*tiny_encoder.encode(f"{text} "), 307]
     assert time.process_time() - before < 10
@@ -64,7 +69,7 @@ def test_3000_tokens_that_begin_alike_are_sought_in_time(tiny_encoder, names, te
 
 @st.composite
 def tokens_and_texts(draw):
-    """Those of ADDED, or tokens with any flags, one of which may begin or overlap another; and texts that have them."""
+    """ADDED, or random tokens with random flags, which may overlap or start alike; and texts that contain them."""
     entries, pieces = ADDED, PIECES
     if draw(st.booleans()):
         contents = st.sampled_from(CONTENTS) | st.text("ab<é", min_size=2, max_size=5).map(lambda text: f"<{text}")
@@ -76,7 +81,7 @@ def tokens_and_texts(draw):
 
 
 @given(tokens_and_texts())
-def test_the_pieces_of_a_text_have_the_ids_of_the_whole(case):
+def test_pieces_of_a_text_have_the_same_ids_as_the_whole_text(case):
     entries, pieces = case
     whole = "".join(pieces)
     can_be_cut = [e for e in entries if not (e["lstrip"] or e["rstrip"] or set(e["content"]) & set(" \n"))]
@@ -89,14 +94,14 @@ def test_the_pieces_of_a_text_have_the_ids_of_the_whole(case):
 @pytest.mark.reference
 @settings(max_examples=1500)
 @given(tokens_and_texts())
-def test_added_tokens_are_found_as_the_tokenizers_library_does(case):
+def test_added_tokens_are_found_as_in_the_tokenizers_library(case):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     entries, texts = case
     encoder, library = with_tokens(entries), tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(entries)))
     for text in texts:
         try:
             expected = library.encode(text).ids
-        except BaseException as error:  # the library has a fault where a token takes the space that another has taken
+        except BaseException as error:  # the library's bug, if two tokens take the same space
             assert type(error).__name__ == "PanicException", error
         else:
             assert encoder.encode(text, allow_special=True) == expected

@@ -1,4 +1,4 @@
-"""Every derivative against finite differences in float64, the whole gradient against PyTorch's autograd."""
+"""Compare every derivative with finite differences in float64, and the whole gradient with PyTorch's autograd."""
 
 from functools import partial
 
@@ -24,18 +24,14 @@ def drop(x, rate=0.3):
     return backprop.dropout(x, rate, np.random.default_rng(0))
 
 
-def zeros_like(tree):
-    return map_leaves(lambda _, array: np.zeros_like(array), tree)
-
-
 def check_gradients(forward, x, params):
-    """Compare `backward` of forward(x, params) with central differences, by x and by every parameter.
+    """Compare `backward` of forward(x, params) with central differences, for x and for every parameter.
 
-    The loss is the sum of the result times fixed random numbers, so that no two derivatives can be mixed up.
+    The loss is the result times fixed random numbers, summed, so that no two derivatives are equal.
     """
     y, backward = forward(x, params)
     weighting = draw(*np.shape(y), seed=1)
-    grads = map_leaves(lambda _, array: np.full_like(array, 3.0), params)  # backward must add to what is there
+    grads = map_leaves(lambda _, array: np.full_like(array, 3.0), params)  # backward must add to this
     d_x = backward(weighting, grads) if params else backward(weighting)
     found = {name: grad - 3 for name, grad in flatten(grads, str).items()} | ({"x": d_x} if d_x is not None else {})
     arrays = flatten(params, str) | ({"x": x} if d_x is not None else {})
@@ -73,7 +69,7 @@ def test_backward_of_an_operation_is_its_derivative(name, batch):
     check_gradients(forward, 2 * draw(*batch, 4, 6) + 0.5, params)
 
 
-def test_whole_model_with_dropout():
+def test_backward_of_the_whole_model_with_dropout_is_its_derivative():
     params, window = random_params(TIGHT, dtype=np.float64), np.array([[3, 1, 3, 0, 10], [2, 2, 7, 9, 1]])
     check_gradients(lambda x, p: backprop.gpt2_loss(window, p, 2, 0.2, np.random.default_rng(0)), None, params)
 
@@ -84,12 +80,12 @@ def test_cross_entropy_is_the_mean_of_the_negative_log_probabilities():
     expected = -np.mean([np.log(probabilities[i, j, targets[i, j]]) for i in range(2) for j in range(4)])
     assert backprop.cross_entropy(logits, targets)[0] == pytest.approx(expected, rel=1e-12)
     with np.errstate(over="raise", invalid="raise"):
-        assert backprop.cross_entropy(1e4 * logits, targets)[0] > 1000  # logits that exp alone could not take
+        assert backprop.cross_entropy(1e4 * logits, targets)[0] > 1000  # exp of these logits would overflow
 
 
 @pytest.mark.parametrize("shape", [(17,), (3, 32)])
-@pytest.mark.parametrize("scale", [1, 1e6])  # of attention's scores: the larger, the more a mask has to hide
-def test_logits_are_those_of_gpt2(tiny_params, shape, scale):
+@pytest.mark.parametrize("scale", [1, 1e6])  # with large attention scores, an error in the mask shows
+def test_logits_equal_those_of_gpt2(tiny_params, shape, scale):
     ids = np.random.RandomState(0).randint(0, 300, shape)
     params = map_leaves(lambda path, array: array * np.float32(scale if "c_attn" in path else 1), tiny_params)
     logits, _ = backprop.gpt2_logits(ids, **params, n_head=4, drop=partial(drop, rate=0))
@@ -98,17 +94,14 @@ def test_logits_are_those_of_gpt2(tiny_params, shape, scale):
     assert np.abs(logits - expected).max() < 1e-5 * np.ptp(expected)
 
 
-def test_training_stays_float32(tiny_params, monkeypatch):
-    dtypes = set()
-
-    def note(result):
-        dtypes.update(array.dtype for array in (result if isinstance(result, tuple) else [result]) if np.ndim(array))
-        return result
+def test_everything_stays_float32(tiny_params, monkeypatch):
+    results = []
 
     def spy(operation):
         def spied(*args, **kwargs):
             y, backward = operation(*args, **kwargs)
-            return note(y), lambda *gradients: note(backward(*gradients))
+            results.append(y)
+            return y, lambda *gradients: (results.append(d_x := backward(*gradients)), d_x)[1]
 
         return spied
 
@@ -116,8 +109,9 @@ def test_training_stays_float32(tiny_params, monkeypatch):
         monkeypatch.setattr(backprop, name, spy(getattr(backprop, name)))
     window = np.random.RandomState(0).randint(0, 300, (2, 20))
     _, backward = backprop.gpt2_loss(window, tiny_params, 4, 0.1, np.random.default_rng(0))
-    backward(0.5, zeros_like(tiny_params))
-    assert dtypes == {np.dtype(np.float32)}
+    backward(0.5, map_leaves(lambda _, array: np.zeros_like(array), tiny_params))
+    arrays = [array for result in results for array in (result if isinstance(result, tuple) else [result])]
+    assert {array.dtype for array in arrays if np.ndim(array)} == {np.dtype(np.float32)}
 
 
 def test_dropout_drops_the_share_and_keeps_the_mean():
@@ -128,7 +122,7 @@ def test_dropout_drops_the_share_and_keeps_the_mean():
     assert np.array_equal(backward(x), y)
 
 
-def test_dropout_is_of_embeddings_attention_weights_and_what_is_added_to_the_residual_stream(tiny_params, monkeypatch):
+def test_dropout_applies_to_embeddings_attention_weights_and_the_outputs_of_both_parts(tiny_params, monkeypatch):
     dropout, shapes = backprop.dropout, []
     monkeypatch.setattr(backprop, "dropout", lambda x, **options: (shapes.append(x.shape), dropout(x, **options))[1])
     backprop.gpt2_loss(np.arange(21), tiny_params, 4, 0.1, np.random.default_rng(0))
@@ -136,7 +130,7 @@ def test_dropout_is_of_embeddings_attention_weights_and_what_is_added_to_the_res
 
 
 def assert_gradient(params, window, n_head, expected_loss, expected):
-    grads = zeros_like(params)
+    grads = map_leaves(lambda _, array: np.zeros_like(array), params)
     loss, backward = backprop.gpt2_loss(window, params, n_head)
     backward(1.0, grads)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -144,14 +138,14 @@ def assert_gradient(params, window, n_head, expected_loss, expected):
         assert np.linalg.norm(grad - expected[name]) < 1e-4 * np.linalg.norm(expected[name]), name
 
 
-def test_gradient_is_that_of_pytorch_as_recorded():
+def test_gradient_equals_the_recorded_one_of_pytorch():
     expected = flatten(view_as(param_shapes(GRADIENT_HPARAMS), golden()["gradient"]), tensor_name)
     assert_gradient(*gradient_inputs(), GRADIENT_HPARAMS["n_head"], float(golden()["gradient-loss"]), expected)
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", range(3))
-def test_gradient_is_that_of_pytorch(seed):
+def test_gradient_equals_that_of_pytorch(seed):
     hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 3}
     params, window = random_params(hparams, seed), np.random.RandomState(seed).randint(0, 300, (3, 50))
     assert_gradient(params, window, hparams["n_head"], *reference_gradient(hparams, params, window))

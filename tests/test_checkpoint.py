@@ -1,4 +1,4 @@
-"""Released models: downloaded, converted and found again, in whatever state their directory is."""
+"""Released models are downloaded, converted and found again, whatever the state of their directory."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from helpers.faulty_server import Answer
 from helpers.models import TINY, assert_same_params, flip_bit, write_checkpoint, write_model, write_tables
 from helpers.processes import as_any_user, error_line, run, start
 from store import checkpoint, download
-from store.checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, CHECKPOINT_INDEX, fetch, identify, is_current
-from store.files import temporary_of
+from store.checkpoint import CHECKPOINT_DATA, CHECKPOINT_FILES, CHECKPOINT_INDEX, fetch, is_current, is_offline
+from store.files import digest, temporary_of
 from store.tensors import WEIGHTS, map_tensors, save_tensors
 from utils import load_encoder_hparams_and_params
 
@@ -29,7 +29,7 @@ TABLES = ("encoder.json", "vocab.bpe")
 ALL_FILES = (*TABLES, "hparams.json", *CHECKPOINT_FILES)
 COMPLETE = {*ALL_FILES, WEIGHTS, ".lock"}
 N_DATA_BYTES = 290_304
-ARGUMENTS = ("Hello", "--n_tokens_to_generate=4")
+ARGUMENTS = ("Hello", "--n_tokens_to_generate=4", "--models_dir=models")
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mine(released, tmp_path):
-    """A directory with a checkpoint, to be named by its path."""
+    """A directory with a checkpoint that tests name by its path."""
     return shutil.copytree(released / "124M", tmp_path / "mine")
 
 
 @pytest.fixture
 def fetched(mirror, tmp_path):
-    """The directory of a released model that was downloaded and not yet converted."""
+    """The directory of a released model that was downloaded but not converted."""
     directory = tmp_path / "models" / "124M"
     fetch(directory, ALL_FILES, N_DATA_BYTES)
     mirror.requests.clear()
@@ -76,7 +76,7 @@ def test_a_released_model_is_downloaded_converted_and_mapped(mirror, tmp_path, t
     for file in CHECKPOINT_FILES:
         (models / "124M" / file).unlink()
     assert_same_params(params_of("124M", models), params)
-    assert len(mirror.paths()) == len(ALL_FILES), "checkpoint files are not missed where converted weights are there"
+    assert len(mirror.paths()) == len(ALL_FILES), "with converted weights, no checkpoint files are needed"
 
 
 def test_only_what_is_missing_or_cut_short_is_downloaded_again(mirror, fetched, tiny_params):
@@ -91,12 +91,12 @@ def test_only_what_is_missing_or_cut_short_is_downloaded_again(mirror, fetched, 
     (lambda mine, _: os.truncate(mine / CHECKPOINT_DATA, 1000), "has 1,000 bytes, where hparams.json implies 290,304"),
     (lambda mine, _: (mine / WEIGHTS).mkdir(), f"mine/{WEIGHTS} is a directory, where a file belongs: remove it"),
     (lambda _, patch: patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1234)),
-     "need 290,304 bytes, and this disk has 1,234 free"),
+     "mine/model.safetensors needs 290,304 bytes, but there are only 1,234 free: make room"),
     (lambda _, patch: patch.setattr("importlib.util.find_spec", lambda name: None), "pip install tensorflow"),
 ])  # fmt: skip
-def test_a_conversion_that_cannot_succeed_is_not_begun(mine, monkeypatch, obstacle, complaint):
+def test_a_conversion_that_cannot_succeed_is_not_started(mine, monkeypatch, obstacle, complaint):
     obstacle(mine, monkeypatch)
-    monkeypatch.setattr(checkpoint.subprocess, "run", lambda *args, **options: pytest.fail("it begins"))
+    monkeypatch.setattr(checkpoint.subprocess, "run", lambda *args, **options: pytest.fail("it starts"))
     with pytest.raises((ValueError, OSError, ImportError), match=complaint):
         params_of(mine)
     assert not any(path.is_file() for path in mine.glob(f"{WEIGHTS}*"))
@@ -104,7 +104,7 @@ def test_a_conversion_that_cannot_succeed_is_not_begun(mine, monkeypatch, obstac
 
 def test_without_tensorflow_no_weights_are_downloaded(mirror, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=f"pip install tensorflow, or copy {WEIGHTS} from where it was converted"):
+    with pytest.raises(ImportError, match=f"pip install tensorflow, or copy {WEIGHTS} from a machine that"):
         params_of("124M", tmp_path)
     assert sorted(mirror.paths()) == ["/124M/encoder.json", "/124M/hparams.json", "/124M/vocab.bpe"]
 
@@ -126,17 +126,15 @@ def test_a_bad_tensor_in_a_checkpoint_is_named(tmp_path, tiny_tensors, name, cha
     assert not list(directory.glob("*safetensors*"))
 
 
-def test_a_table_is_the_released_one_by_its_sha256(mirror, tmp_path, monkeypatch, capsys):
-    """From the original server always; from a mirror if it has that length, as it may have tables of its own."""
+def test_a_released_table_must_have_the_right_sha256(mirror, tmp_path, monkeypatch, capsys):
+    """Always from the original server. A mirror may have its own tables, but not others of the released length."""
     tables = {name: mirror.files[f"/124M/{name}"] for name in TABLES}
     known = {name: (len(table), hashlib.sha256(table).hexdigest()) for name, table in tables.items()}
-    monkeypatch.setattr(checkpoint, "TABLES", known)
-    changed = tables["vocab.bpe"].replace(b"e r\n", b"r e\n")
-    assert changed != tables["vocab.bpe"]
-    mirror.files["/124M/vocab.bpe"] = changed
-    with pytest.raises(OSError, match=r"/124M/vocab.bpe: its SHA-256 is not that of the released one, twice"):
+    monkeypatch.setattr(checkpoint, "RELEASED_TABLES", known)
+    mirror.files["/124M/vocab.bpe"] = changed = tables["vocab.bpe"].replace(b"e r\n", b"r e\n")
+    with pytest.raises(OSError, match=r"/124M/vocab.bpe: its SHA-256 is not that of the released file, twice"):
         fetch(tmp_path / "124M", TABLES)
-    assert capsys.readouterr().err.count("removed, and downloaded once more") == 1
+    assert capsys.readouterr().err.count("removed and downloaded once more") == 1
     assert names(tmp_path / "124M") == {"encoder.json", ".lock"}
 
     mirror.files["/124M/vocab.bpe"] = changed + b"\n"
@@ -154,41 +152,38 @@ def test_a_table_is_the_released_one_by_its_sha256(mirror, tmp_path, monkeypatch
     *product(("encoder.json", "hparams.json"), (b"", b"{}", b"[1, 2]", b"<html>log in</html>", bytes(range(256)))),
     *product(("vocab.bpe",), (b"{}", b"a b c\n", b"\xff \xfe")),
 ])  # fmt: skip
-def test_what_cannot_be_the_file_is_fetched_once_more(mirror, tmp_path, file, body):
+def test_a_response_that_cannot_be_the_file_is_downloaded_once_more(mirror, tmp_path, file, body):
     mirror.answers = [Answer(body=body)]
     fetch(tmp_path / "124M", [file])
-    assert (tmp_path / "124M" / file).read_bytes() == mirror.files[f"/124M/{file}"]
-    assert len(mirror.requests) == 2
+    assert ((tmp_path / "124M" / file).read_bytes(), len(mirror.requests)) == (mirror.files[f"/124M/{file}"], 2)
 
 
 def test_weights_that_do_not_fit_a_damaged_hparams_name_it(mirror, tmp_path):
     directory = tmp_path / "124M"
     fetch(directory, [*TABLES, "hparams.json"])
     (directory / "hparams.json").write_text(json.dumps(TINY | {"n_layer": 3}))
-    complaint = r"403,392 are expected, .* from .*124M/hparams.json: if that is damaged, delete it"
-    with pytest.raises(OSError, match=complaint):
+    with pytest.raises(OSError, match=r"403,392 are expected, .* from .*124M/hparams.json: if that is damaged, delete"):
         params_of("124M", tmp_path)
     assert not (directory / CHECKPOINT_DATA).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [CHECKPOINT_DATA, CHECKPOINT_INDEX])
-def test_a_download_that_tensorflow_finds_damaged_is_fetched_once_more(mirror, tmp_path, tiny_params, capfd, file):
+def test_a_download_that_tensorflow_finds_damaged_is_repeated(mirror, tmp_path, tiny_params, capfd, file):
     data = mirror.files[f"/124M/{file}"]
     bad = flip_bit(data, 4 * len(data))
     mirror.answers = [Answer(body=bad if name == file else None) for name in ALL_FILES]  # in the order they come in
     assert_same_params(params_of("124M", tmp_path), tiny_params)
-    assert capfd.readouterr().err.count("is damaged: get both again: they are removed, and downloaded once more") == 1
+    assert capfd.readouterr().err.count("is damaged: get both again: they are removed and downloaded once more") == 1
     assert Counter(mirror.paths())[f"/124M/{file}"] == 2
 
 
 @pytest.mark.parametrize("why", ["offline", "read-only", "named by path", "named by path, a garbled index"])
 def test_a_damaged_checkpoint_that_cannot_be_fetched_again_stays(mirror, tmp_path, fetched, cache, request, why):
     options, flags = {"cwd": tmp_path}, {"offline": ["--offline"], "read-only": []}
-    if why.endswith("index"):
-        (fetched / CHECKPOINT_INDEX).write_bytes(b"garbage")
-    else:
-        (fetched / CHECKPOINT_DATA).write_bytes(flip_bit((fetched / CHECKPOINT_DATA).read_bytes(), 4 * N_DATA_BYTES))
+    file = CHECKPOINT_INDEX if why.endswith("index") else CHECKPOINT_DATA
+    data = (fetched / file).read_bytes()
+    (fetched / file).write_bytes(b"garbage" if why.endswith("index") else flip_bit(data, 4 * N_DATA_BYTES))
     before = {path.name: path.read_bytes() for path in fetched.iterdir()}
     if why == "read-only":
         request.getfixturevalue("permissions")
@@ -217,58 +212,52 @@ def test_a_broken_tensorflow_is_no_reason_to_remove_the_checkpoint(mirror, tmp_p
 
 @pytest.mark.parametrize("n_there", [0, 100_000])
 def test_without_room_for_weights_and_conversion_nothing_is_downloaded(mirror, tmp_path, monkeypatch, n_there):
-    part = download.part_of(tmp_path / "124M" / CHECKPOINT_DATA)
-    part.parent.mkdir()
-    part.write_bytes(bytes(n_there))
-    needed = 2 * N_DATA_BYTES - n_there
-    wanted = (tmp_path / "124M", [CHECKPOINT_DATA], N_DATA_BYTES, N_DATA_BYTES)
+    directory, needed = tmp_path / "124M", 2 * N_DATA_BYTES - n_there
+    write_tables(directory)
+    (directory / f"{CHECKPOINT_DATA}.part").write_bytes(bytes(n_there))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
-    with pytest.raises(OSError, match=f"need {needed:,} bytes, and this disk has {needed - 1:,} free"):
-        fetch(*wanted)
+    with pytest.raises(OSError, match=f"needs {needed:,} bytes, but there are only {needed - 1:,} free: make room"):
+        params_of("124M", tmp_path)
     assert mirror.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    fetch(*wanted)
+    params_of("124M", tmp_path)
 
 
 @pytest.mark.parametrize("switch", ["--offline", "1", "true"])
 def test_offline_never_touches_the_network_and_names_the_missing_file(mirror, tmp_path, monkeypatch, switch):
     directory = write_model(tmp_path / "models" / "124M")
     arguments = [*ARGUMENTS, switch] if switch == "--offline" else ARGUMENTS
-    if switch != "--offline":
-        monkeypatch.setenv("GPT2_OFFLINE", switch)
+    monkeypatch.setenv("GPT2_OFFLINE", "" if switch == "--offline" else switch)
     assert run("gpt2.py", *arguments, cwd=tmp_path).returncode == 0
     for file, missing in ((WEIGHTS, "checkpoint"), ("vocab.bpe", "vocab.bpe")):
         (directory / file).unlink()
         line = error_line(run("gpt2.py", *arguments, cwd=tmp_path))
-        assert f"124M/{missing} is not there whole, and this run is offline. The bundled model needs no network" in line
+        assert f"124M/{missing} is missing or incomplete; this run is offline. The bundled model needs no netw" in line
     assert mirror.requests == []
 
 
-@pytest.mark.parametrize("value", ["", "0", "false"])
-def test_the_switch_can_be_off(mirror, tmp_path, monkeypatch, value):
-    monkeypatch.setenv("GPT2_OFFLINE", value)
-    fetch(tmp_path / "124M", TABLES)
-    assert len(mirror.requests) == 2
+def test_offline_can_be_switched_off(monkeypatch):
+    for value in ("", "0", "false", "No", "off"):
+        monkeypatch.setenv("GPT2_OFFLINE", value)
+        assert not is_offline()
 
 
-def test_processes_that_start_at_once_do_the_work_once_and_the_next_one_none(mirror, tmp_path, tiny_params):
+def test_processes_that_start_at_once_do_the_work_once(mirror, tmp_path, tiny_params, tiny_encoder):
     processes = [start("gpt2.py", *ARGUMENTS, cwd=tmp_path, text=True) for _ in range(4)]
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, results
-    assert set(Counter(mirror.paths()).values()) == {1}
     assert sum("converting" in errors for _, errors in results) == 1
     assert "models/124M: waiting for another process, which is writing it ..." in str(results)
-    n_requests = len(mirror.requests)
     again = run("gpt2.py", *ARGUMENTS, cwd=tmp_path, text=True)
-    assert (again.stderr, len(mirror.requests)) == ("", n_requests)
-    encoder, hparams, _ = load_encoder_hparams_and_params("124M", str(tmp_path / "models"))
-    expected = encoder.decode(generate(encoder.encode("Hello"), tiny_params, hparams["n_head"], 4)) + "\n"
+    assert (again.stderr, set(Counter(mirror.paths()).values())) == ("", {1})
+    ids = generate(tiny_encoder.encode("Hello"), tiny_params, TINY["n_head"], 4)
+    expected = tiny_encoder.decode(ids) + "\n"
     assert {again.stdout, *(printed for printed, _ in results)} == {expected}
 
 
-def test_weights_that_another_process_makes_meanwhile_are_taken(mine, monkeypatch):
+def test_weights_that_another_process_makes_meanwhile_are_used(mine, monkeypatch):
     monkeypatch.setattr(checkpoint, "convert_checkpoint", lambda *arguments: pytest.fail("it converts once more"))
-    made = (mine / WEIGHTS, {"a": np.zeros(1, np.float32)}, {CHECKPOINT_INDEX: identify(mine / CHECKPOINT_INDEX)})
+    made = (mine / WEIGHTS, {"a": np.zeros(1, np.float32)}, {CHECKPOINT_INDEX: digest(mine / CHECKPOINT_INDEX).hex()})
     monkeypatch.setattr(checkpoint, "locked", lambda home: nullcontext(save_tensors(*made)))
     assert checkpoint.find_weights(mine, N_DATA_BYTES, released=False) == mine / WEIGHTS
 
@@ -306,31 +295,31 @@ def test_a_conversion_ends_with_the_process_that_waits_for_it(tmp_path):
     process.kill()
     process.communicate()
     child = Path("/proc", (tmp_path / "id").read_text(), "cmdline")
-    while child.is_file() and child.read_bytes():  # none is left of a process that has ended
+    while child.is_file() and child.read_bytes():  # it is empty once the process has ended
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("seconds", [-100, 0, 100], ids=["older", "equal", "newer"])
-@pytest.mark.parametrize("made_of", ["it", "another", "they do not say"])
-def test_weights_are_taken_if_they_are_made_of_the_checkpoint_that_is_there(tmp_path, seconds, made_of):
+@pytest.mark.parametrize("made_of", ["it", "another", "unknown"])
+def test_weights_are_used_if_they_were_converted_from_the_present_checkpoint(tmp_path, seconds, made_of):
     index, weights = tmp_path / CHECKPOINT_INDEX, tmp_path / WEIGHTS
     index.write_bytes(b"an index")
-    notes = {"it": {CHECKPOINT_INDEX: identify(index)}, "another": {CHECKPOINT_INDEX: "0" * 64}}
+    notes = {"it": {CHECKPOINT_INDEX: digest(index).hex()}, "another": {CHECKPOINT_INDEX: "0" * 64}}
     save_tensors(weights, {"a": np.zeros(1, np.float32)}, notes.get(made_of, {}))
     os.utime(weights, (0, index.stat().st_mtime + seconds))
-    if made_of == "they do not say" and seconds < 0:
+    if made_of == "unknown" and seconds < 0:
         with pytest.raises(ValueError, match=rf"{WEIGHTS} is older .*{CHECKPOINT_INDEX} .*: delete one of the two"):
             is_current(weights, tmp_path)
     else:
         assert is_current(weights, tmp_path) is (made_of != "another")
     index.unlink()
-    assert is_current(weights, tmp_path), "there is nothing to compare them to"
-    assert not is_current(weights, tmp_path / "another"), "in a cache there must be"
+    assert is_current(weights, tmp_path), "without an index there is nothing to compare"
+    assert not is_current(weights, tmp_path / "another"), "weights in a cache need an index"
 
 
 @pytest.mark.slow
-def test_another_checkpoint_is_converted_anew_and_leftovers_are_removed(tmp_path, tiny_tensors, tiny_params):
+def test_another_checkpoint_is_converted_again_and_leftovers_are_removed(tmp_path, tiny_tensors, tiny_params):
     changed = tiny_tensors | {"model/ln_f/b": tiny_tensors["model/ln_f/b"] + 1}
     directory = write_checkpoint(tmp_path / "mine", tiny_tensors)
     temporary_of(directory / WEIGHTS).write_bytes(b"half of it")
@@ -356,13 +345,13 @@ def test_a_checkpoint_in_a_read_only_directory_is_converted_into_the_users_cache
     (".", 0o555, r"cache/gpt2-numpy\S* cannot be written \(Permission denied\)"),
     *((file, 0, f"{file} cannot be read: Permission denied") for file in (CHECKPOINT_INDEX, CHECKPOINT_DATA)),
 ])  # fmt: skip
-def test_what_cannot_be_written_or_cannot_be_read_is_named(permissions, mine, cache, file, mode, complaint):
+def test_a_file_that_cannot_be_written_or_read_is_named(permissions, mine, cache, file, mode, complaint):
     cache.mkdir(mode=0o555)
     (mine / file).chmod(mode)
     assert re.search(complaint, error_line(run("gpt2.py", "x", f"--model_size={mine}", preexec_fn=as_any_user)))
 
 
-def test_a_read_only_model_needs_to_be_complete_and_no_more(permissions, mirror, tmp_path):
+def test_a_read_only_model_works_if_it_is_complete(permissions, mirror, tmp_path):
     directory = write_model(tmp_path / "models" / "124M")
     directory.chmod(0o555)
     result = run("gpt2.py", *ARGUMENTS, cwd=tmp_path, preexec_fn=as_any_user)
@@ -370,8 +359,8 @@ def test_a_read_only_model_needs_to_be_complete_and_no_more(permissions, mirror,
     directory.chmod(0o755)
     (directory / "vocab.bpe").unlink()
     directory.chmod(0o555)
-    line = error_line(run("gpt2.py", *ARGUMENTS, cwd=tmp_path, preexec_fn=as_any_user))
-    assert "models/124M cannot be written (Permission denied)" in line
+    refused = run("gpt2.py", *ARGUMENTS, cwd=tmp_path, preexec_fn=as_any_user)
+    assert "models/124M cannot be written (Permission denied)" in error_line(refused)
 
 
 def test_dangling_links_of_a_released_model_become_files(mirror, tmp_path, tiny_params):

@@ -1,49 +1,61 @@
-"""What the README and the docs name is there, and the README's Python runs."""
+"""What the README and the docs name exists, and their Python and their commands run."""
 
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 
 import pytest
 
 from helpers.models import ROOT
 
-PAGES = ("README.md", "dev/README.md", "docs/reliability.md", "docs/speed.md", "models/shakespeare/README.md")
+PATHS = [*ROOT.glob("*.md"), ROOT / "models/shakespeare/README.md", *ROOT.glob("d*/*.md")]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+BLOCKS = {page: re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) for page, text in PAGES.items()}
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/*.py")))
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def read(page):
-    return (ROOT / page).read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/reliability.md"])
-def test_the_tests_that_a_page_names_are_there(page):
-    names = re.findall(r"pytest [^`]*-k (\w+)`", read(page))
-    if page.startswith("docs"):
-        names = re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", read(page))
-    assert len(names) >= 4
+@every_page
+def test_named_tests_exist(page):
+    rows = re.findall(r"^\|.*\|(.*)\|$", PAGES[page], re.MULTILINE) if "reliability" in page else []
+    names = re.findall(r"pytest [^`\n]*-k ([a-z]\w+)", PAGES[page]) + re.findall(r"`(\w+)`", "".join(rows))
+    assert len(names) >= len(rows)
     assert [name for name in names if not re.search(rf"def test_\w*{name}", TESTS)] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_files_and_scripts_that_a_page_names_are_there(page):
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", read(page))
+@every_page
+def test_named_files_scripts_and_flags_exist(page):
+    text = PAGES[page]
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
-    names = set(re.findall(r"\b\w[\w/]*\.py\b", read(page)))
-    commands = set(re.findall(r"python (\S+\.py)\b", read(page)))
+    names = set(re.findall(r"\b(?:\w[\w/]*\.(?:py|npz)|requirements[\w-]*\.txt)\b", text))
     assert [name for name in names if not ((ROOT / name).is_file() or list(ROOT.glob(f"*/{name}")))] == []
-    assert [name for name in commands if not (ROOT / name).is_file()] == []
+    for script, arguments in re.findall(r"python (\w[\w/]*\.py)\b([^`\n#]*)", text):
+        source = "".join((ROOT / path).read_text(encoding="utf-8") for path in (script, "show/cli.py"))
+        assert [flag for flag in re.findall(r"--\w+", arguments) if flag not in source] == [], script
 
 
-def test_the_functions_that_the_page_on_speed_names_are_there():
+def test_named_functions_exist():
     pytest.importorskip("numba", reason="Numba is not installed")
-    names = re.findall(r"\(`([\w.]+)(?<!\.py)`\)", read("docs/speed.md"))
+    names = re.findall(r"\(`([\w.]+)(?<!\.py)`\)", PAGES["docs/speed.md"])
     assert len(names) >= 4
     for name in names:
-        pkgutil.resolve_name(name)  # raises if it is not there
+        pkgutil.resolve_name(name)  # raises if it does not exist
 
 
-def test_the_python_of_the_readme_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```$", read("README.md"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
-    bundled = {'"124M"': '"shakespeare"', "stride=512": "stride=128"}  # its context is shorter
-    exec(re.sub("|".join(bundled), lambda found: bundled[found[0]], "\n".join(blocks)), {})
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
+def test_python_blocks_run(page):
+    exec("\n".join(BLOCKS[page]).replace('"124M"', '"shakespeare"'), {})
+
+
+@pytest.mark.slow
+def test_commands_run_with_the_bundled_model(tmp_path):
+    for path in (*ROOT.glob("*.py"), ROOT / "LICENSE", ROOT / "models"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "text.txt").write_text("To be, or not to be", encoding="utf-8")
+    pattern = r"^    ((?:(?:cat|echo) .*|)python (?!train).* shakespeare\b.*)$"
+    for command in dict.fromkeys(re.findall(pattern, "\n".join(PAGES.values()), re.MULTILINE)):
+        command = re.sub(r"\bpython\b", sys.executable, command)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, env={**os.environ, "GPT2_OFFLINE": "1"})

@@ -1,4 +1,4 @@
-"""Exports are directories that load back bit by bit; they appear whole or not at all, and replace nothing."""
+"""An export loads back bit by bit, appears as a whole or not at all, and replaces nothing."""
 
 import json
 from pathlib import Path
@@ -20,22 +20,20 @@ CONFIGS = {
 
 @pytest.fixture(params=["ours", "special in encoder.json", *CONFIGS])
 def exported(request, tmp_path, tiny_model):
-    """A model's directory, and what is exported of it."""
-    source = tmp_path / "source"
-    if request.param == "ours":
-        source = tiny_model
-    elif request.param == "special in encoder.json":
+    """The directory of a model, and the directory of its export."""
+    source = tiny_model if request.param == "ours" else tmp_path / "source"
+    if request.param == "special in encoder.json":
         write_model(source, TINY | {"n_vocab": 301}, n_tokens=300)
         vocabulary = json.loads((source / "encoder.json").read_text(encoding="utf-8"))
         hf.write_json(source / "encoder.json", vocabulary | {"<the end>": 300})
-    else:
+    elif request.param != "ours":
         tokenizer = hf.tokenizer_json(hf.ADDED if request.param == "everything" else ())
         hf.write(source, CONFIGS[request.param], tokenizer=tokenizer)
     export(str(source), str(tmp_path / "new" / "out"))
     return source, tmp_path / "new" / "out"
 
 
-def test_what_is_exported_loads_back_bit_by_bit(exported):
+def test_an_export_loads_back_bit_by_bit(exported):
     (encoder, hparams, params), (found_encoder, found_hparams, found) = map(hf.load, exported)
     assert hparams == found_hparams
     assert_same_params(found, params)
@@ -47,7 +45,7 @@ def test_what_is_exported_loads_back_bit_by_bit(exported):
     assert [path.name for path in exported[1].parent.iterdir()] == ["out"]
 
 
-def test_what_is_exported_is_what_transformers_asks_for(exported):
+def test_an_export_has_what_transformers_needs(exported):
     source, out = exported
     files = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     assert sorted(path.name for path in out.iterdir()) == files
@@ -59,7 +57,7 @@ def test_what_is_exported_is_what_transformers_asks_for(exported):
     assert config["layer_norm_epsilon"] == params["ln_f"].get("eps", 1e-5)
     ids = [entry["id"] for entry in json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]]
     assert ids == sorted(ids)
-    assert b'"format": "pt"' in (out / "model.safetensors").read_bytes()[:4096], "or transformers refuses it"
+    assert b'"format": "pt"' in (out / "model.safetensors").read_bytes()[:4096], "transformers needs it"
 
 
 def snapshot(directory):
@@ -70,16 +68,16 @@ def snapshot(directory):
     lambda out: out.write_text("mine"), lambda out: (out / "mine").mkdir(parents=True),
     lambda out: out.symlink_to("directory"), lambda out: out.symlink_to("nowhere"),
 ])  # fmt: skip
-def test_an_export_never_replaces_what_is_there(tmp_path, tiny_model, make):
+def test_an_export_never_replaces_files(tmp_path, tiny_model, make):
     (tmp_path / "directory").mkdir()
     make(tmp_path / "out")
     before = snapshot(tmp_path)
-    with pytest.raises(FileExistsError, match="is there already: choose another name"):
+    with pytest.raises(FileExistsError, match="is not a new or empty directory: choose another name"):
         export(str(tiny_model), str(tmp_path / "out"))
     assert snapshot(tmp_path) == before
 
 
-def test_an_export_to_an_empty_directory_or_a_relative_path_is_fine(tmp_path, tiny_model, monkeypatch):
+def test_an_export_to_an_empty_directory_or_a_relative_path(tmp_path, tiny_model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     for out in ("out", "a/b/"):
@@ -87,18 +85,18 @@ def test_an_export_to_an_empty_directory_or_a_relative_path_is_fine(tmp_path, ti
         assert_same_params(hf.load(tmp_path / out)[2], hf.load(tiny_model)[2])
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_an_export_that_fails_leaves_nothing_behind(tmp_path, tiny_model, monkeypatch, there):
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_export_that_fails_leaves_nothing_behind(tmp_path, tiny_model, monkeypatch, exists):
     monkeypatch.setattr("export.save_tensors", lambda path, *_: (path.write_bytes(b"a part"), path.mkdir()))
-    if there:
+    if exists:
         (tmp_path / "out").mkdir()
     with pytest.raises(OSError, match="out cannot be written: File exists"):
         export(str(tiny_model), str(tmp_path / "out"))
-    assert snapshot(tmp_path) == ({tmp_path / "out": None} if there else {})
+    assert snapshot(tmp_path) == ({tmp_path / "out": None} if exists else {})
 
 
-@pytest.mark.parametrize(("out", "complaint"), [("out", "no model"), ("", "empty"), ("file/x", "cannot be written")])
-def test_an_export_of_no_model_or_to_no_directory_makes_nothing(tmp_path, monkeypatch, out, complaint):
+@pytest.mark.parametrize(("out", "complaint"), [("out", "no model"), ("", "new"), ("file/x", "cannot be written")])
+def test_an_export_without_a_model_or_a_directory_writes_nothing(tmp_path, monkeypatch, out, complaint):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises((OSError, ValueError), match=complaint):

@@ -1,4 +1,4 @@
-"""The model: its functions by definition, as a whole against transformers, with a cache, in batches, generating."""
+"""The model: each function, the whole against transformers, the cache, batches and generation."""
 
 import inspect
 import math
@@ -17,11 +17,11 @@ from helpers.processes import run_code
 from store.params import map_leaves
 
 N_HEAD, N_VOCAB, N_CTX, N_EMBD = (TINY[name] for name in ("n_head", "n_vocab", "n_ctx", "n_embd"))
-TOLERANCE = 1e-4  # of the range of the logits: the bound that this project promises
+TOLERANCE = 1e-4  # a share of the range of the logits: the project promises this bound
 
 
 def assert_close(found, expected, tolerance=1e-5):
-    """Equal up to a part of the range of what is expected."""
+    """Assert that two arrays are equal up to a share of the expected range."""
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= tolerance * np.ptp(expected)
 
@@ -42,10 +42,10 @@ def test_gelu_is_the_tanh_form():
     np.testing.assert_allclose(gelu(x), expected, atol=1e-6)
 
 
-def test_softmax_is_a_distribution_also_where_exp_overflows():
+def test_softmax_sums_to_1_even_where_exp_would_overflow():
     x = np.array([[1000.0, 1000.0, 0.0], [-1000.0, 0.0, math.log(3)]], dtype=np.float32)
     np.testing.assert_allclose(softmax(x), [[0.5, 0.5, 0], [0, 0.25, 0.75]], atol=1e-7)
-    np.testing.assert_allclose(softmax([0, math.log(3)]), [0.25, 0.75])  # the blog post's takes lists, too
+    np.testing.assert_allclose(softmax([0, math.log(3)]), [0.25, 0.75])  # the blog post's softmax takes lists too
 
 
 def test_layer_norm_has_mean_b_and_deviation_g():
@@ -53,7 +53,7 @@ def test_layer_norm_has_mean_b_and_deviation_g():
     normed = layer_norm(x, g=np.float32(2) * np.ones(200, np.float32), b=np.ones(200, np.float32))
     np.testing.assert_allclose(normed.mean(-1), 1, atol=1e-5)
     np.testing.assert_allclose(normed.std(-1), 2, atol=1e-4)
-    # A constant row has no deviation: eps keeps it from dividing by zero, and is inside the root.
+    # A constant row has no deviation. eps, which is inside the root, prevents a division by zero.
     assert layer_norm(np.full((1, 2), 7, np.float32), g=1, b=0).tolist() == [[0, 0]]
     assert layer_norm(np.array([[-1.0, 1.0]]), g=1, b=0, eps=3)[0, 1] == 0.5
     assert layer_norm(np.array([[-1e-3, 1e-3]]), g=1, b=0)[0, 1] == pytest.approx(1e-3 / math.sqrt(1e-6 + 1e-5))
@@ -85,7 +85,7 @@ def test_causal_attention_in_blocks_is_attention_with_a_mask(n_q, n_past):
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 4, 5, 16])
-def test_a_product_of_few_rows_is_that_of_many(n_rows):
+def test_products_of_few_and_of_many_rows_agree(n_rows):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(n_rows, 30)), rng.normal(size=(30, 7))
     assert_close(module.matmul(x, w), x @ w)
@@ -93,12 +93,12 @@ def test_a_product_of_few_rows_is_that_of_many(n_rows):
 
 
 @pytest.mark.parametrize("function", [softmax, gelu, partial(layer_norm, g=1, b=0)])
-def test_functions_take_whole_numbers_as_the_blog_post_shows(function):
+def test_functions_accept_whole_numbers_as_in_the_blog_post(function):
     x = np.array([[2, 100], [-5, 0]])
     np.testing.assert_allclose(function(x), function(x.astype(float)))
 
 
-def test_mha_is_each_head_on_its_own(tiny_params):
+def test_mha_equals_its_heads_computed_one_by_one(tiny_params):
     x = np.random.default_rng(0).normal(size=(7, N_EMBD)).astype(np.float32)
     attn = tiny_params["blocks"][0]["attn"]
     q, k, v = (np.split(part, N_HEAD, axis=-1) for part in np.split(linear(x, **attn["c_attn"]), 3, axis=-1))
@@ -108,7 +108,7 @@ def test_mha_is_each_head_on_its_own(tiny_params):
 
 
 def test_code_of_the_blog_post_runs_unchanged(tiny_params, ids, logits):
-    """Names, order and meaning of the parameters, as in the post's own gpt2 and generate."""
+    """The parameters have the names, the order and the meaning of the post's own gpt2 and generate."""
     wte, wpe, blocks, ln_f = (tiny_params[name] for name in ("wte", "wpe", "blocks", "ln_f"))
     x = wte[ids] + wpe[range(len(ids))]
     for block in blocks:
@@ -136,7 +136,7 @@ def test_float32_stays_float32_in_every_function(tiny_params, ids):
         "hidden_states": hidden_states(ids, **tiny_params, n_head=N_HEAD),
         "prefill": module.prefill(ids[:8], tiny_params, N_HEAD, cache), "new_cache": cache["kv"],
         "to_logits": module.to_logits(x, **tiny_params), "gpt2": gpt2(ids, **tiny_params, n_head=N_HEAD),
-        "causal_mask": module.causal_mask(5, x.dtype),  # it is cached, and so none of the functions
+        "causal_mask": module.causal_mask(5, x.dtype),  # functools.cache wraps it: not in `functions` below
     }  # fmt: skip
     not_arrays = {"check_ids", "check_heads", "stream", "generate", "main"}
     functions = {name for name, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == "gpt2"}
@@ -152,7 +152,7 @@ def test_float64_weights_give_float64_logits(ids, logits):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_logits_are_those_of_the_golden_files(case):
+def test_logits_equal_the_golden_files(case):
     ids = inputs_of(case)
     logits = gpt2(ids, **random_params(case.hparams, case.seed), n_head=case.n_head)
     assert_close(logits[case.positions], golden()[str(case)], TOLERANCE)
@@ -163,7 +163,7 @@ def test_logits_are_those_of_the_golden_files(case):
     (1, 48, 1, 16, 1), (1, 48, 3, 16, 16), (2, 48, 12, 64, 33), (3, 96, 4, 128, 128), (12, 96, 6, 64, 64),
     (4, 384, 8, 256, 200), (2, 768, 12, 1024, 1024), (12, 768, 12, 256, 100),
 ])  # fmt: skip
-def test_logits_and_greedy_ids_are_those_of_transformers(n_layer, n_embd, n_head, n_ctx, n_seq):
+def test_logits_and_greedy_ids_equal_those_of_transformers(n_layer, n_embd, n_head, n_ctx, n_seq):
     import torch
 
     hparams = {"n_vocab": 500, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
@@ -181,7 +181,7 @@ def test_logits_and_greedy_ids_are_those_of_transformers(n_layer, n_embd, n_head
 
 
 @pytest.mark.reference
-def test_greedy_text_is_that_of_transformers(tiny_params, ids):
+def test_greedy_text_equals_that_of_transformers(tiny_params, ids):
     import torch
 
     model = reference_model(TINY, tiny_params)
@@ -194,7 +194,7 @@ def test_greedy_text_is_that_of_transformers(tiny_params, ids):
 @given(st.data())
 def test_cached_equals_uncached_for_any_shape_length_and_batch(data):
     n_head, d_head, n_layer, n_ctx = (data.draw(st.integers(1, most)) for most in (5, 9, 3, 150))
-    assume(n_head * d_head not in (2, 3))  # so few numbers can be nearly equal, and layer_norm then magnifies rounding
+    assume(n_head * d_head not in (2, 3))  # 2 or 3 numbers can be nearly equal, and layer_norm then magnifies rounding
     hparams = {"n_vocab": 40, "n_ctx": n_ctx, "n_embd": n_head * d_head, "n_head": n_head, "n_layer": n_layer}
     params = random_params(hparams, seed=data.draw(st.integers(0, 99)))
     batch = data.draw(st.sampled_from([(), (1,), (2,), (5,)]))
@@ -207,12 +207,12 @@ def test_cached_equals_uncached_for_any_shape_length_and_batch(data):
         parts.append(gpt2(ids[..., cache["n_past"] : end], **params, n_head=n_head, cache=cache))
         assert cache["n_past"] == end
     assert_close(np.concatenate(parts, axis=-2), whole)
-    several = np.stack([ids, ids[..., ::-1]])[:, None]  # any leading axes, without a cache
+    several = np.stack([ids, ids[..., ::-1]])[:, None]  # any batch axes work without a cache
     alone = [gpt2(row, **params, n_head=n_head) for row in several.reshape(-1, n_seq)]
     assert_close(gpt2(several, **params, n_head=n_head), np.reshape(alone, (*several.shape, 40)))
 
 
-def test_an_lm_head_of_its_own_makes_the_logits_also_in_generation(tiny_params, ids):
+def test_a_separate_lm_head_computes_the_logits_in_generation_too(tiny_params, ids):
     params = tiny_params | {"lm_head": random_params(TINY, seed=5)["wte"]}
     states = hidden_states(ids, **params, n_head=N_HEAD)
     assert_close(gpt2(ids, **params, n_head=N_HEAD), states @ params["lm_head"].T)
@@ -233,7 +233,7 @@ def test_a_full_cache_refuses_more(tiny_params):
 
 
 @pytest.mark.parametrize("n_past", [-3, -1, 3, 32, 40, 2.0, None, True, "1"])
-def test_a_cache_whose_n_past_is_not_what_was_filled_is_refused(tiny_params, n_past):
+def test_a_cache_with_an_n_past_beyond_what_was_filled_is_refused(tiny_params, n_past):
     cache = new_cache(tiny_params, N_HEAD, N_CTX)
     gpt2([1, 2], **tiny_params, n_head=N_HEAD, cache=cache)
     cache["n_past"] = n_past
@@ -249,7 +249,7 @@ def test_a_cache_whose_n_past_is_not_what_was_filled_is_refused(tiny_params, n_p
     *(({"n_positions": n_positions}, "n_positions must be") for n_positions in (0, 1.5, N_CTX + 1)),
     ({"n_batch": 10**30}, "n_batch = 1000.* takes [0-9,.]+ GB of memory, and this machine has [0-9,.]+: choose less"),
 ])  # fmt: skip
-def test_a_cache_that_no_model_has_is_refused(tiny_params, options, complaint):
+def test_a_cache_that_fits_no_model_is_refused(tiny_params, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         new_cache(tiny_params, **{"n_head": N_HEAD, "n_positions": 8} | options)
     if "n_head" in options:
@@ -257,7 +257,7 @@ def test_a_cache_that_no_model_has_is_refused(tiny_params, options, complaint):
             gpt2([1], **tiny_params, **options)
 
 
-def test_a_position_does_not_depend_on_later_ones_however_large_the_scores(tiny_params, ids):
+def test_logits_do_not_depend_on_later_tokens_however_large_the_scores(tiny_params, ids):
     params = map_leaves(lambda path, array: array * np.float32(1e6 if "c_attn" in path else 1), tiny_params)
     whole, changed = (gpt2(inputs, **params, n_head=N_HEAD) for inputs in (ids, [*ids[:10], *ids[:9:-1]]))
     assert np.isfinite(whole).all() and not np.array_equal(whole[10:], changed[10:])
@@ -267,7 +267,7 @@ def test_a_position_does_not_depend_on_later_ones_however_large_the_scores(tiny_
     assert_close(np.concatenate(steps), whole)
 
 
-def test_weights_and_inputs_are_never_written_to(tiny_params, ids):
+def test_weights_and_inputs_are_never_changed(tiny_params, ids):
     frozen, inputs, before = map_leaves(lambda path, array: array.copy(), tiny_params), np.array(ids), list(ids)
     map_leaves(lambda path, array: array.setflags(write=False), {"inputs": inputs, **frozen})
     assert generate(inputs, frozen, N_HEAD, 3) == generate(ids, tiny_params, N_HEAD, 3)
@@ -280,7 +280,7 @@ NO_IDS = [[], [0.5], 3, [-1], [N_VOCAB], ["a"], [None], [[]], [True], range(N_CT
 
 @pytest.mark.parametrize("inputs", NO_IDS, ids=str)
 @pytest.mark.parametrize("function", [gpt2, hidden_states])
-def test_inputs_that_are_no_token_ids_are_refused(tiny_params, function, inputs):
+def test_inputs_that_are_not_token_ids_are_refused(tiny_params, function, inputs):
     with pytest.raises(ValueError, match=r"token"):
         function(inputs, **tiny_params, n_head=N_HEAD)
 
@@ -323,13 +323,13 @@ def test_a_step_past_the_context_reuses_the_cache(tiny_params, ids, monkeypatch)
     assert set(lengths) == {20, 1, n_after_drop}
 
 
-def test_all_tokens_are_made_unless_there_is_an_eot_id(tiny_params, ids):
+def test_generation_stops_early_only_at_an_eot_id(tiny_params, ids):
     made = generate(ids, tiny_params, N_HEAD, 10)
     assert (len(made), generate(ids, tiny_params, N_HEAD, 0)) == (10, [])
     assert generate(ids, tiny_params, N_HEAD, 10, eot_id=made[4]) == made[: made.index(made[4])]
 
 
-def test_sequences_of_a_batch_end_on_their_own(tiny_params):
+def test_each_sequence_of_a_batch_ends_on_its_own(tiny_params):
     prompts = np.random.default_rng(0).integers(0, N_VOCAB, (4, 6))
     alone = [generate(prompt, tiny_params, N_HEAD, 8) for prompt in prompts]
     assert generate(prompts, tiny_params, N_HEAD, 8) == alone
@@ -341,7 +341,7 @@ def test_sequences_of_a_batch_end_on_their_own(tiny_params):
     assert {row[0] for row in steps[alone[0].index(end) :]} <= {end}
 
 
-def test_samples_of_one_prompt_are_a_batch_of_it(tiny_params, ids):
+def test_samples_of_one_prompt_equal_a_batch_of_copies(tiny_params, ids):
     options = {"temperature": 1.0, "seed": 5, "top_k": 20}
     samples = generate(ids, tiny_params, N_HEAD, 6, n_samples=3, **options)
     assert samples == generate([ids] * 3, tiny_params, N_HEAD, 6, **options)
@@ -363,12 +363,12 @@ def test_padding_of_the_vocabulary_is_never_chosen(tiny_params, ids):
     ([1], {"n_vocab": 0}), ([1], {"n_vocab": -1}), ([[1]], {"n_samples": 2}), ([[[1]]], {}),
     (range(N_CTX + 1), {}), ([1], {"n_samples": 10**30}),
 ])  # fmt: skip
-def test_generation_refuses_what_makes_no_sense(tiny_params, inputs, options):
+def test_generation_refuses_invalid_options(tiny_params, inputs, options):
     with pytest.raises(ValueError):
         generate(inputs, tiny_params, N_HEAD, **{"n_tokens_to_generate": 2} | options)
 
 
-def test_the_script_loads_gpt2_once_and_nothing_that_a_short_prompt_does_not_need(tiny_model):
+def test_a_short_prompt_imports_nothing_that_it_does_not_need(tiny_model):
     code = """if True:
         import runpy, sys
         sys.argv = ["gpt2.py", "Hello", "--n_tokens_to_generate=2", f"--model_size={sys.argv[1]}"]

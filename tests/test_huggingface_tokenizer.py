@@ -1,4 +1,4 @@
-"""The tokenizer in a directory of transformers': its tables, its added tokens, what ends and begins a text."""
+"""The tokenizer in a directory of transformers: its tables, its added tokens, and which tokens end and start a text."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from helpers.processes import run
     ({"eos_token_id": 5}, {"bos_token_id": 9}, None, 9), ({"eos_token_id": -1}, None, None, 299), ({}, None, 299, 299),
     ({"eos_token_id": [5]}, None, 5, 299), ({"eos_token_id": 5}, {}, None, 299),
 ])  # fmt: skip
-def test_the_ids_that_end_and_begin_a_text(tmp_path, config, generation, eot_id, bos_id):
+def test_ids_that_end_and_start_a_text(tmp_path, config, generation, eot_id, bos_id):
     hf.write(tmp_path, config)
     if generation is not None:
         hf.write_json(tmp_path / "generation_config.json", generation)
@@ -36,7 +36,7 @@ def test_the_ids_that_end_and_begin_a_text(tmp_path, config, generation, eot_id,
     ("sequence_bias", [[[1], 2.0]], False), ("forced_bos_token_id", 1, False), ("forced_eos_token_id", 1, False),
     ("exponential_decay_length_penalty", [1, 1.5], False), ("temperature", 0.7, True),
 ])  # fmt: skip
-def test_what_generation_does_elsewhere_and_not_here_is_said(tmp_path, capsys, file, name, value, is_plain):
+def test_unsupported_generation_settings_are_printed(tmp_path, capsys, file, name, value, is_plain):
     hf.write(tmp_path)
     hf.write_json(tmp_path / file, (CONFIG if file == "config.json" else {}) | {name: value})
     read_encoder(tmp_path)
@@ -46,13 +46,13 @@ def test_what_generation_does_elsewhere_and_not_here_is_said(tmp_path, capsys, f
 
 @pytest.mark.parametrize("value", [[5, 6], [], "299", 1.5, True, {}, [True], ["5"]], ids=str)
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_ends_that_are_not_one_token_are_refused(tmp_path, file, value):
+def test_a_text_must_end_with_a_single_token(tmp_path, file, value):
     hf.write(tmp_path)
     hf.write_json(tmp_path / file, (CONFIG if file == "config.json" else {}) | {"eos_token_id": value})
     assert_refused(tmp_path, r"eos_token_id is .*: only one token's id is supported")
 
 
-def test_an_empty_prompt_starts_from_the_token_that_begins_a_text(tmp_path):
+def test_an_empty_prompt_starts_with_bos(tmp_path):
     encoder, hparams, params = hf.load(hf.write(tmp_path, {"bos_token_id": 7, "eos_token_id": None}))
     shown = run("gpt2.py", "", f"--model_size={tmp_path}", "--n_tokens_to_generate=4")
     expected = encoder.decode(generate([7], params, hparams["n_head"], 4))
@@ -60,7 +60,7 @@ def test_an_empty_prompt_starts_from_the_token_that_begins_a_text(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["strings", "pairs", "tables", "tables and tokenizer.json"])
-def test_every_layout_of_a_tokenizer_gives_the_same_ids(tmp_path, tiny_encoder, layout):
+def test_every_layout_gives_the_same_ids(tmp_path, tiny_encoder, layout):
     if "tables" in layout:
         hf.write_older_tables(tmp_path)
     hf.write(tmp_path, tokenizer=tokenizer_json(pairs=layout == "pairs"))
@@ -80,18 +80,6 @@ def change_at(value, path, change):
     return value | {name: change_at(value[name], rest, change) if rest else change}
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    ("normalizer", {"type": "NFC"}), ("pre_tokenizer.add_prefix_space", True), ("pre_tokenizer.use_regex", False),
-    ("pre_tokenizer.type", "Whitespace"), ("pre_tokenizer", None), ("pre_tokenizer", [1]),
-    ("decoder.type", "WordPiece"), ("decoder", None), ("model.type", "WordPiece"), ("model.type", "Unigram"),
-    ("model.dropout", 0.1), ("model.continuing_subword_prefix", "##"), ("model.end_of_word_suffix", "</w>"),
-    ("model.byte_fallback", True), ("model.ignore_merges", True),
-])  # fmt: skip
-def test_a_tokenizer_that_works_otherwise_is_refused_by_name_and_value(tmp_path, path, value):
-    hf.write(tmp_path, tokenizer=change_at(tokenizer_json(), path, value))
-    assert_refused(tmp_path, rf"tokenizer\.json.*{re.escape(f'{path} is {json.dumps(value)}')}")
-
-
 def in_sequence(*processors):
     return {"type": "Sequence", "processors": list(processors)}
 
@@ -104,15 +92,23 @@ BERT = {"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 0]}
 NESTED = in_sequence(BYTE_LEVEL, in_sequence(WITH_BOS))
 
 
-@pytest.mark.parametrize("processor", [WITH_BOS, ROBERTA, BERT, in_sequence(BYTE_LEVEL, WITH_BOS), NESTED])
-def test_a_post_processor_that_adds_tokens_is_refused(tmp_path, processor):
-    hf.write(tmp_path, tokenizer=tokenizer_json() | {"post_processor": processor})
-    assert_refused(tmp_path, r"tokenizer\.json: post_processor adds tokens")
+@pytest.mark.parametrize(("path", "value"), [
+    ("normalizer", {"type": "NFC"}), ("pre_tokenizer.add_prefix_space", True), ("pre_tokenizer.use_regex", False),
+    ("pre_tokenizer.type", "Whitespace"), ("pre_tokenizer", None), ("pre_tokenizer", [1]),
+    ("decoder.type", "WordPiece"), ("decoder", None), ("model.type", "WordPiece"), ("model.type", "Unigram"),
+    ("model.dropout", 0.1), ("model.continuing_subword_prefix", "##"), ("model.end_of_word_suffix", "</w>"),
+    ("model.byte_fallback", True), ("model.ignore_merges", True),
+    *(("post_processor", value) for value in (WITH_BOS, ROBERTA, BERT, in_sequence(BYTE_LEVEL, WITH_BOS), NESTED)),
+])  # fmt: skip
+def test_an_error_names_unsupported_tokenizer_settings(tmp_path, path, value):
+    hf.write(tmp_path, tokenizer=change_at(tokenizer_json(), path, value))
+    complaint = f"{path} is {json.dumps(value)}" if path != "post_processor" else "post_processor adds tokens"
+    assert_refused(tmp_path, rf"tokenizer\.json: {re.escape(complaint)}")
 
 
 @pytest.mark.parametrize("dropout", [None, 0, 0.0])
 @pytest.mark.parametrize("processor", ["absent", None, BYTE_LEVEL, TEMPLATE, in_sequence(BYTE_LEVEL, TEMPLATE)])
-def test_a_tokenizer_may_say_in_several_ways_that_it_adds_nothing(tmp_path, tiny_encoder, dropout, processor):
+def test_every_post_processor_that_adds_nothing_is_accepted(tmp_path, tiny_encoder, dropout, processor):
     tokenizer = tokenizer_json(dropout=dropout, continuing_subword_prefix=None, end_of_word_suffix=None)
     for name in ("byte_fallback", "ignore_merges", "fuse_unk", "unk_token"):
         del tokenizer["model"][name]
@@ -125,7 +121,7 @@ def test_a_tokenizer_may_say_in_several_ways_that_it_adds_nothing(tmp_path, tiny
     *((name, [False], True) for name in ("add_prefix_space", "add_bos_token", "add_eos_token")),
     ("tokenizer_class", ["GPT2Tokenizer", "GPT2TokenizerFast"], "CLIPTokenizer"),
 ])  # fmt: skip
-def test_options_that_add_to_a_text_and_tables_of_another_tokenizer_are_refused_by_name(tmp_path, name, good, bad):
+def test_an_error_names_unsupported_options_and_tokenizer_classes(tmp_path, name, good, bad):
     hf.write_older_tables(hf.write(tmp_path))
     for value in good:
         hf.write_json(tmp_path / "tokenizer_config.json", {name: value, "model_max_length": 1024})
@@ -134,11 +130,11 @@ def test_options_that_add_to_a_text_and_tables_of_another_tokenizer_are_refused_
     assert_refused(tmp_path, rf"tokenizer_config\.json: {name} is {json.dumps(bad)}: only")
 
 
-def test_a_directory_without_a_tokenizer_says_which_files_it_could_have(tmp_path):
+def test_an_error_names_missing_tokenizer_files(tmp_path):
     (hf.write_older_tables(hf.write(tmp_path)) / "merges.txt").unlink()
     assert_refused(tmp_path, r"merges\.txt is missing", FileNotFoundError)
     (tmp_path / "vocab.json").unlink()
-    assert_refused(tmp_path, r"neither tokenizer\.json nor vocab\.json is there", FileNotFoundError)
+    assert_refused(tmp_path, r"neither tokenizer\.json nor vocab\.json exists", FileNotFoundError)
 
 
 DAMAGE = {
@@ -153,20 +149,20 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path in DAMAGE for value in DAMAGE[path]], ids=repr)
-def test_a_damaged_tokenizer_is_refused_by_the_files_name(tmp_path, path, value):
+def test_an_error_names_a_damaged_tokenizer_file(tmp_path, path, value):
     tokenizer = change_at(tokenizer_json(), path, value)
     (hf.write(tmp_path) / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     assert_refused(tmp_path, r"tokenizer\.json")
 
 
-def test_embeddings_may_be_padded_but_not_be_too_few(tmp_path):
+def test_embeddings_may_be_padded_but_not_too_few(tmp_path):
     encoder, hparams, params = hf.load(hf.write(tmp_path, {"vocab_size": 320}))
     assert (len(encoder.encoder), hparams["n_vocab"], len(params["wte"])) == (300, 320, 320)
     assert_refused(hf.write(tmp_path, {"vocab_size": 299}), r"300 tokens, but vocab_size in config\.json is 299")
 
 
 @pytest.mark.parametrize("layout", ["tokenizer.json", "tables"])
-def test_added_tokens_are_read_with_their_flags(tmp_path, layout):
+def test_added_tokens_keep_their_flags(tmp_path, layout):
     hf.write(tmp_path, tokenizer=tokenizer_json(ADDED))
     if layout == "tables":
         hf.write_older_tables(tmp_path)
@@ -179,7 +175,7 @@ def test_added_tokens_are_read_with_their_flags(tmp_path, layout):
 
 
 @pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
-def test_the_tokens_of_added_tokens_json_are_special_where_they_are_named_so(tmp_path, tiny_encoder, file):
+def test_other_files_make_added_tokens_special(tmp_path, tiny_encoder, file):
     hf.write_older_tables(hf.write(tmp_path))
     hf.write_json(tmp_path / "added_tokens.json", {"<tool>": 300, "<pad>": 301, "<x>": 302})
     hf.write_json(tmp_path / file, {"pad_token": "<pad>", "additional_special_tokens": [{"content": "<x>"}]})
@@ -194,6 +190,6 @@ def test_the_tokens_of_added_tokens_json_are_special_where_they_are_named_so(tmp
     *(("tokenizer_config.json", {"added_tokens_decoder": value}) for value in (
         [], {"x": {"content": "<pad>"}}, {"300": "<pad>"}, {"300": {}}, {"300": {"content": 5}})),
 ], ids=str)  # fmt: skip
-def test_damaged_added_tokens_beside_tables_are_refused(tmp_path, file, value):
+def test_damaged_added_tokens_are_refused(tmp_path, file, value):
     hf.write_json(hf.write_older_tables(hf.write(tmp_path)) / file, value)
     assert_refused(tmp_path, rf"{re.escape(str(tmp_path))}.* is damaged")

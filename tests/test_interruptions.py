@@ -1,4 +1,4 @@
-"""The whole program, interrupted at any moment, without room, for long, and many at once."""
+"""The whole program: interrupted at any moment, on a full disk, for a long time, and many at once."""
 
 import os
 import random
@@ -26,31 +26,30 @@ from store.tensors import WEIGHTS
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals and tmpfs are POSIX")]
 
 FILES = {"encoder.json", "vocab.bpe", "hparams.json", *CHECKPOINT_FILES, WEIGHTS}
-ARGUMENTS = ("Hello", "--n_tokens_to_generate=24", "--ignore_eot")
+ARGUMENTS = ("Hello", "--n_tokens_to_generate=24", "--ignore_eot", "--models_dir=models")
 ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def expected(tiny_params, tiny_encoder):
-    """What the command prints."""
+    """What gpt2.py with ARGUMENTS prints."""
     ids = generate(tiny_encoder.encode("Hello"), tiny_params, TINY["n_head"], 24, n_vocab=TINY["n_vocab"])
     return tiny_encoder.decode(ids) + "\n"
 
 
 def names(directory):
-    model = directory / "models" / "124M"
-    return {path.name for path in model.iterdir()} if model.is_dir() else set()
+    return {path.name for path in (directory / "models" / "124M").glob("*")}
 
 
 @pytest.mark.parametrize(("sent", "to_all"), [(signal.SIGINT, True), (signal.SIGKILL, False)])
-def test_whenever_it_is_stopped_the_same_command_goes_on(mirror, tmp_path, expected, sent, to_all):
-    """Fifty times: while it starts, downloads, converts, computes the prompt and decodes."""
+def test_whenever_it_is_stopped_the_same_command_resumes(mirror, tmp_path, expected, sent, to_all):
+    """gpt2.py is stopped fifty times: while it starts, downloads, converts, computes the prompt and decodes."""
     mirror.pause = 0.1
     rng, n_stopped, longest = random.Random(0), 0, 6.0
     while n_stopped < 50:
         # In a session of its own, so that Ctrl-C reaches the conversion too, as it does at a terminal.
         process = start("gpt2.py", *ARGUMENTS, cwd=tmp_path, start_new_session=True)
-        began, moment = time.monotonic(), rng.uniform(0, longest) * rng.random()  # earlier moments more often
+        began, moment = time.monotonic(), rng.uniform(0, longest) * rng.random()  # earlier moments are more likely
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -63,11 +62,11 @@ def test_whenever_it_is_stopped_the_same_command_goes_on(mirror, tmp_path, expec
             assert printed.decode() == expected
             longest = time.monotonic() - began
             assert names(tmp_path) == FILES | {".lock"}
-            shutil.rmtree(tmp_path / "models")  # and from the beginning
+            shutil.rmtree(tmp_path / "models")  # start from the beginning
         else:
             before_the_script = errors.startswith(b"Fatal Python error: init_import_site")  # Python itself was starting
             assert process.returncode in (130, -sent) or before_the_script, errors
-            assert moment <= 0.5 or b"Traceback" not in errors  # before, Python itself may be starting
+            assert moment <= 0.5 or b"Traceback" not in errors  # earlier, Python itself may be starting
     last = run("gpt2.py", *ARGUMENTS, cwd=tmp_path)
     assert (last.returncode, last.stdout.decode()) == (0, expected), last.stderr
     assert names(tmp_path) == FILES | {".lock"}
@@ -75,7 +74,7 @@ def test_whenever_it_is_stopped_the_same_command_goes_on(mirror, tmp_path, expec
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that makes, or resizes, a file system of a few bytes, and returns its path."""
+    """A function that makes or resizes a file system of `n_bytes`, and returns its path."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -83,7 +82,7 @@ def small_disk(tmp_path):
         remount = "remount," if place.is_mount() else ""
         command = ["mount", "-t", "tmpfs", "-o", f"{remount}size={n_bytes}", "tmpfs", str(place)]
         if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("here no small file system can be mounted")
+            pytest.skip("no small file system can be mounted here")
         return place
 
     yield resize
@@ -92,13 +91,13 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("kilobytes", [8, 16, 32, 320, 584, 592, 596, 604])
-def test_when_the_disk_is_full_the_same_command_goes_on_with_more_room(mirror, small_disk, expected, kilobytes):
+def test_after_a_full_disk_the_same_command_resumes_with_more_room(mirror, small_disk, expected, kilobytes):
     disk = small_disk(kilobytes * 1024)
     result = run("gpt2.py", *ARGUMENTS, cwd=disk)
     if result.returncode:
         *_, line = result.stderr.decode().splitlines()
         assert (result.returncode, result.stdout) == (1, b"")
-        assert re.search("No space left on device|bytes, and this disk has [0-9,]+ free", line), line
+        assert re.search("No space left on device|bytes, but there are only [0-9,]+ free", line), line
         assert b"Traceback" not in result.stderr
         assert {name for name in names(disk) if not re.search(r"\.(part|part\.json|lock)$", name)} <= FILES
     else:
@@ -130,13 +129,13 @@ WORK = {  # on a LARGE model: its layout, and megabytes for a tensor, the librar
     "an export": ("ours", 60, "export.main(source, target)"),
     "an export of float16": ("hugging face", 60, "export.main(source, target)"),
     "a conversion": ("checkpoint", 120, "os.chdir(source); checkpoint.convert(Path(target))"),
-    "a conversion to int8": ("checkpoint", 120, "os.chdir(source); engine.int8.convert(Path(target))"),
+    "a conversion to int8": ("checkpoint", 120, "os.chdir(source); engine.int8.convert_to_int8(Path(target))"),
 }  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("work", WORK)
-def test_memory_is_taken_for_a_tensor_at_a_time_and_not_for_the_weights(tmp_path, work):
+def test_memory_holds_a_tensor_at_a_time_and_not_all_weights(tmp_path, work):
     pytest.importorskip("numba", reason="Numba is not installed")
     layout, megabytes, code = WORK[work]
     zeros = map_leaves(lambda path, shape: np.zeros(shape, np.float32), param_shapes(LARGE))
@@ -146,7 +145,7 @@ def test_memory_is_taken_for_a_tensor_at_a_time_and_not_for_the_weights(tmp_path
     elif layout == "ours":
         write_model(tmp_path / "source", LARGE, zeros)
     else:
-        config = {theirs: LARGE[ours] for ours, theirs in NAMES.items()} | {"scale_attn_by_inverse_layer_idx": True}
+        config = {NAMES[name]: n for name, n in LARGE.items()} | {"scale_attn_by_inverse_layer_idx": True}
         halves = map_leaves(lambda path, array: array.astype(np.float16), zeros)
         hf.write(tmp_path / "source", config, hf.prefixed(flatten(halves, tensor_name)))
     code = f"""if True:

@@ -1,11 +1,11 @@
-"""The parts of a training step by independent formulas, and beside PyTorch's."""
+"""Compare the parts of a training step with independent formulas and with PyTorch."""
 
 import numpy as np
 import pytest
 
 import optimizer
 from backprop import gpt2_loss
-from engine.threads import core_threads
+from engine.threads import one_thread_per_core
 from helpers.models import TINY
 from store.params import count_params, flatten, param_shapes, tensor_name, view_as
 
@@ -50,7 +50,7 @@ def test_only_matrices_decay():
 
 
 def adamw_weights(weights, gradients, rates, decay):
-    """The weights after a step with each of `gradients`, all as float32."""
+    """The weights after one step for each gradient, in float32."""
     m, v = np.zeros((2, len(weights)), np.float32)
     vectors = {"weights": weights.astype(np.float32), "m": m, "v": v}
     for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
@@ -60,7 +60,7 @@ def adamw_weights(weights, gradients, rates, decay):
 
 
 def test_adamw_follows_the_paper():
-    """Algorithm 2 of Loshchilov and Hutter in float64, over pieces that are longer than one block."""
+    """Algorithm 2 of Loshchilov and Hutter in float64, on a vector longer than one piece."""
     random, n, rates = np.random.RandomState(0), 2**16 + 5, [0.01, 0.02, 0.03, 0.04, 0.05]
     weights, decay = random.standard_normal(n), 0.1 * random.randint(0, 2, n)
     gradients = [0.1 * random.standard_normal(n) for _ in rates]
@@ -74,7 +74,7 @@ def test_adamw_follows_the_paper():
 
 
 @pytest.mark.reference
-def test_adamw_is_that_of_pytorch():
+def test_adamw_equals_that_of_pytorch():
     torch = pytest.importorskip("torch")
     random = np.random.RandomState(0)
     weights, gradients = random.standard_normal(1000), random.standard_normal((5, 1000))
@@ -89,10 +89,10 @@ def test_adamw_is_that_of_pytorch():
 
 def loss_and_gradient(params, n_threads, dropout=0, seed=(1, 2)):
     windows = np.random.RandomState(0).randint(0, 300, (5, 20))
-    buffers = np.full((n_threads, count_params(SHAPES)), np.nan, np.float32)  # what was there must not matter
-    shares = [(buffer, view_as(SHAPES, buffer)) for buffer in buffers]
-    with core_threads() as pool:
-        loss, gradient = optimizer.compute_gradient(windows, params, TINY["n_head"], dropout, seed, shares, pool)
+    vectors = np.full((n_threads, count_params(SHAPES)), np.nan, np.float32)  # old contents must not matter
+    buffers = [(vector, view_as(SHAPES, vector)) for vector in vectors]
+    with one_thread_per_core() as pool:
+        loss, gradient = optimizer.compute_gradient(windows, params, TINY["n_head"], dropout, seed, buffers, pool)
     return windows, loss, gradient
 
 
@@ -106,7 +106,7 @@ def test_gradient_of_a_batch_is_the_mean_over_its_windows(tiny_params, n_threads
     assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-def test_dropout_depends_on_the_seed_and_not_on_the_threads(tiny_params):
+def test_dropout_depends_on_the_seed_but_not_on_the_number_of_threads(tiny_params):
     losses = [loss_and_gradient(tiny_params, *options)[1] for options in [(1, 0.3), (2, 0.3), (1, 0.3, (1, 3))]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)

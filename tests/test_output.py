@@ -8,7 +8,7 @@ from show.output import check_out, writing
 
 
 @pytest.mark.parametrize("out", ["", ".", "..", "directory", "pipe", "new/", "none/.."])
-def test_what_is_no_file_is_refused_and_never_replaced(tmp_path, monkeypatch, out):
+def test_a_name_that_cannot_be_a_file_is_refused(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
     if hasattr(os, "mkfifo"):
@@ -17,7 +17,7 @@ def test_what_is_no_file_is_refused_and_never_replaced(tmp_path, monkeypatch, ou
         check_out(out)
 
 
-def test_a_new_file_and_an_old_one_are_fine_but_not_in_a_directory_that_is_missing(tmp_path):
+def test_new_and_old_files_are_accepted_but_not_in_a_missing_directory(tmp_path):
     (tmp_path / "old").touch()
     for name in ("old", "new"):
         check_out(str(tmp_path / name))
@@ -29,7 +29,7 @@ def test_a_new_file_and_an_old_one_are_fine_but_not_in_a_directory_that_is_missi
         check_out(str(tmp_path / "none" / "new"))
 
 
-def test_what_a_symbolic_link_leads_to_is_replaced_and_the_link_stays(tmp_path, capsys):
+def test_the_target_of_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path, capsys):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     with writing(str(tmp_path / "link")) as temporary:

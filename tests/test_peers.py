@@ -11,7 +11,7 @@ from helpers.models import BUNDLED
 from utils import load_encoder_hparams_and_params
 
 
-def test_tiktoken_gives_the_same_ids(shakespeare):
+def test_tiktoken_encodes_to_the_same_ids(shakespeare):
     pytest.importorskip("tiktoken")
     encoder, text = shakespeare[0], "ROMEO:\nI'll say  'yes' 12 times, née Zoë!\n\n"
     assert tiktoken_encode(encoder, WORD.pattern)(text) == encoder.encode(text)
@@ -30,9 +30,9 @@ def test_peers_compute_the_same_model(kind, tmp_path, is_exported):
         assert "1e-05" in config
         (directory / "config.json").write_text(config.replace("1e-05", "0.001"))
     model = Model(directory, "", "", *load_encoder_hparams_and_params(str(directory)))
-    engine = transformers_engine(model) if kind == "transformers" else llama_cpp_engine(model, tmp_path, kind)
+    engine = transformers_engine(model, tmp_path) if kind == "transformers" else llama_cpp_engine(model, tmp_path, kind)
     ids, n_head = np.array(model.encoder.encode("ROMEO:")), model.hparams["n_head"]
-    n_tokens = 1 if kind == "q8_0" else 8  # int8 weights soon prefer another token
+    n_tokens = 1 if kind == "q8_0" else 8  # with int8 weights, later tokens differ
     expected = generate(ids, model.params, n_head, n_tokens)
     assert list(engine(ids, n_tokens)) == list(engine(ids, n_tokens)) == expected
     if kind == "transformers":

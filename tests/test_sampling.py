@@ -1,4 +1,4 @@
-"""From logits to the next token: each filter by its definition, and any logits without a warning."""
+"""Sampling: each filter matches its definition, and any logits work without a warning."""
 
 import warnings
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from sampling import apply_temperature, apply_top_k, apply_top_p, check_options, greedy, sample, to_probabilities
+from sampling import apply_temperature, apply_top_k, apply_top_p, check_options, sample, to_probabilities
 
 LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.0], dtype=np.float32)
 LEVELS = st.sampled_from([-9.5, -1.0, 0.0, 0.25, 1.0, 3.0, 7.5])  # so that many are equal
@@ -20,7 +20,7 @@ def kept(logits):
 
 
 def brute_force_top_p(logits, top_p):
-    """The smallest set of likeliest tokens whose probability reaches p, one token at a time."""
+    """The smallest set of most likely tokens whose probability reaches p, found one token at a time."""
     weights = [np.exp(float(x) - float(max(logits))) for x in logits]
     chosen, reached = set(), 0.0
     for i in sorted(range(len(logits)), key=lambda i: (-logits[i], i)):
@@ -32,7 +32,7 @@ def brute_force_top_p(logits, top_p):
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    assert greedy(LOGITS) == sample(LOGITS, np.random.default_rng(0)) == 1
+    assert sample(LOGITS, np.random.default_rng(0)) == 1
     assert kept(apply_temperature(LOGITS, 0)) == {1}
 
 
@@ -42,13 +42,13 @@ def test_temperature_divides_the_logits():
 
 
 @given(arrays(np.float32, st.integers(1, 40), elements=st.floats(-20, 20, width=32) | LEVELS), st.integers(1, 45))
-def test_top_k_keeps_all_that_equal_the_kth_largest(logits, top_k):
+def test_top_k_keeps_every_token_equal_to_the_kth_largest(logits, top_k):
     kth_largest = sorted(logits.tolist(), reverse=True)[min(top_k, len(logits)) - 1]
     assert kept(apply_top_k(logits, top_k)) == {i for i, x in enumerate(logits.tolist()) if x >= kth_largest}
     assert kept(apply_top_k(logits, 0)) == set(range(len(logits)))
 
 
-HALVES = np.log([0.5 + 1e-12, 0.25, 0.125, 0.125])  # so that rounding leaves the first a hair above 0.5
+HALVES = np.log([0.5 + 1e-12, 0.25, 0.125, 0.125])  # rounding leaves the first a hair above 0.5
 EQUAL = np.zeros(4)
 
 
@@ -56,12 +56,12 @@ EQUAL = np.zeros(4)
     (HALVES, 0.1, 1), (HALVES, 0.5, 1), (HALVES, 0.51, 2), (HALVES, 0.75, 2), (HALVES, 0.76, 3), (HALVES, 1.0, 4),
     (EQUAL, 0.25, 1), (EQUAL, 0.5, 2), (EQUAL, 0.75, 3), (EQUAL, 0.76, 4),
 ])  # fmt: skip
-def test_top_p_includes_the_token_that_crosses_p_and_of_equal_ones_the_first(logits, top_p, n_kept):
+def test_top_p_keeps_the_token_that_crosses_p_and_the_first_of_equal_ones(logits, top_p, n_kept):
     assert kept(apply_top_p(logits, top_p)) == set(range(n_kept))
 
 
 @given(arrays(np.float32, st.integers(1, 40), elements=LEVELS), st.floats(0.01, 1, exclude_max=True))
-def test_top_p_is_its_definition(logits, top_p):
+def test_top_p_matches_its_definition(logits, top_p):
     found, expected = kept(apply_top_p(logits, top_p)), brute_force_top_p(logits, top_p)
     assert abs(len(found) - len(expected)) <= 1  # rounding, at p itself
     for nearby in (top_p - 1e-9, top_p + 1e-9):
@@ -71,7 +71,7 @@ def test_top_p_is_its_definition(logits, top_p):
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1, 0, 1), (0.7, 4, 1), (1.5, 0, 0.8), (1.2, 5, 0.9)])
-def test_ten_thousand_draws_have_the_distribution_of_the_filters_in_order(temperature, top_k, top_p):
+def test_ten_thousand_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
     weights = np.exp(LOGITS.astype(np.float64) / temperature)
     if top_k:
         weights[weights < sorted(weights)[-top_k]] = 0
@@ -83,7 +83,7 @@ def test_ten_thousand_draws_have_the_distribution_of_the_filters_in_order(temper
     np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / 10_000))
 
 
-def test_no_draw_falls_on_a_token_that_was_ruled_out():
+def test_a_token_that_was_ruled_out_is_never_drawn():
     lowest = SimpleNamespace(random=np.zeros)
     assert sample(np.array([-np.inf, -np.inf, 0, 0]), lowest, temperature=1) == 2
 
@@ -140,6 +140,6 @@ def test_the_filters_keep_float32():
     *(((1, value, 1, None), "top_k") for value in (-1, 1.5)), *(((1, 0, 1, value), "seed") for value in (-1, "x")),
     *(((1, 0, value, None), "top_p") for value in (0, 1.1, None)),
 ])  # fmt: skip
-def test_options_that_make_no_sense_are_named(options, named):
+def test_invalid_options_are_named(options, named):
     with pytest.raises(ValueError, match=named):
         check_options(*options)

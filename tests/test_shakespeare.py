@@ -1,4 +1,4 @@
-"""The bundled model is what its README says it is, and a change of the code that harms it is seen."""
+"""The bundled model is what its README says, and a change that harms it is detected."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def shakespeare_text():
 
 
 def nats_per_character(text, encoder, hparams, params):
-    """Total nats over total characters, in windows that do not overlap."""
+    """Total nats divided by total characters, in windows that do not overlap."""
     ids, n_ctx, n_head = encoder.encode(text), hparams["n_ctx"], hparams["n_head"]
     starts = range(0, len(ids) - 1, n_ctx)
     return sum(reference_losses(ids[i : i + n_ctx + 1], params, n_head).sum() for i in starts) / len(text)
@@ -47,11 +47,11 @@ def test_the_first_command_of_the_readme_works_offline_in_any_directory(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loss_on_a_paragraph_is_the_recorded_one(shakespeare):
+def test_loss_of_a_paragraph_equals_the_recorded_one(shakespeare):
     assert nats_per_character(PARAGRAPH, *shakespeare) == pytest.approx(PARAGRAPH_LOSS, abs=1e-3)
 
 
-def test_it_is_small_has_a_real_context_and_its_log_ends_with_the_training(shakespeare):
+def test_it_is_small_and_its_log_is_complete(shakespeare):
     encoder, hparams, _ = shakespeare
     assert (BUNDLED / "model.safetensors").stat().st_size <= 8_500_000
     assert hparams["n_ctx"] >= 256 and len(encoder.encoder) == hparams["n_vocab"]
@@ -60,8 +60,7 @@ def test_it_is_small_has_a_real_context_and_its_log_ends_with_the_training(shake
 
 
 @pytest.mark.slow
-def test_loss_on_the_last_tenth_of_its_text_is_the_recorded_one(shakespeare):
-    """As evaluate.py measures it, and its training did."""
+def test_loss_of_the_validation_text_equals_the_recorded_one(shakespeare):
     (encoder, hparams, params), text = shakespeare, shakespeare_text()
     text = text[len(text) * 9 // 10 :]
     losses = text_losses(encoder.encode(text), params, hparams["n_head"])

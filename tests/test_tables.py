@@ -1,4 +1,4 @@
-"""Hyperparameters and the tables of a tokenizer: read if they make sense, else refused by name."""
+"""Hyperparameters and the tables of a tokenizer are read if they make sense; else an error names the problem."""
 
 import json
 
@@ -14,7 +14,7 @@ from store.tables import read_hparams
     ("n_head", "true"), ("n_layer", "1000000000"), ("n_vocab", "NaN"), ("n_vocab", "1" + "0" * 5000),
     *(("n_inner", value) for value in ('"x"', "null", "-1", "0", "4.0", "1" + "0" * 9)), *((name, "") for name in TINY),
 ])  # fmt: skip
-def test_hyperparameters_of_no_gpt2_are_refused(tmp_path, name, value):
+def test_impossible_hyperparameters_are_refused(tmp_path, name, value):
     text = json.dumps(TINY | {name: "value"}).replace('"value"', value)
     path = tmp_path / "hparams.json"
     path.write_text(text if value else json.dumps({key: TINY[key] for key in TINY if key != name}))
@@ -23,11 +23,11 @@ def test_hyperparameters_of_no_gpt2_are_refused(tmp_path, name, value):
         read_hparams(path)
 
 
-def test_a_name_that_is_there_twice_is_refused(tmp_path):
+def test_duplicate_keys_are_refused(tmp_path):
     path = tmp_path / "hparams.json"
     for text in ('{"n_vocab": 7, ' + json.dumps(TINY)[1:], json.dumps(TINY)[:-1] + ', "more": {"a": 1, "a": 2}}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"hparams\.json is damaged: .*a name is there twice"):
+        with pytest.raises(ValueError, match=r"hparams\.json is damaged: .*a key occurs twice"):
             read_hparams(path)
 
 
@@ -46,14 +46,14 @@ def test_merges_that_do_not_fit_the_vocabulary_are_refused(tmp_path, change, com
         read_encoder(tmp_path)
 
 
-def test_lines_of_a_table_written_on_windows_are_read_too(tmp_path):
+def test_windows_line_ends_are_read(tmp_path):
     write_tables(tmp_path)
     merges = (tmp_path / "vocab.bpe").read_bytes()
     (tmp_path / "vocab.bpe").write_bytes(merges.replace(b"\n", b"\r\n"))
     assert list(read_encoder(tmp_path).bpe_ranks) == tiny_tables(300)[1]
 
 
-def test_special_tokens_that_no_merge_makes_are_part_of_a_vocabulary(tmp_path):
+def test_a_vocabulary_may_have_special_tokens_that_no_merge_makes(tmp_path):
     write_tables(tmp_path)
     vocabulary = json.loads((tmp_path / "encoder.json").read_text(encoding="utf-8"))
     (tmp_path / "encoder.json").write_text(json.dumps(vocabulary | {"<the end>": 300}), encoding="utf-8")

@@ -26,9 +26,7 @@ def training():
 
 
 @pytest.mark.parametrize("best_loss", [4.8, math.inf])  # infinite until the first evaluation
-def test_what_is_saved_is_what_is_loaded_and_else_nothing_can_be_resumed(training, tmp_path, best_loss):
-    with pytest.raises(FileNotFoundError, match=r"nothing to resume: .*state is missing"):
-        load_state(tmp_path / "state")
+def test_a_saved_training_loads_unchanged(training, tmp_path, best_loss):
     training = replace(training, best_loss=best_loss)
     save_state(tmp_path / "state", training)
     assert training.saved_step == 7
@@ -36,12 +34,12 @@ def test_what_is_saved_is_what_is_loaded_and_else_nothing_can_be_resumed(trainin
     vectors, expected = loaded.pop("vectors"), vars(training).copy()
     for name, vector in expected.pop("vectors").items():
         np.testing.assert_array_equal(vectors[name], vector)
-        assert vectors[name].flags.writeable, "a training goes on with them, in place"
+        assert vectors[name].flags.writeable, "training changes them in place"
     assert loaded == expected
 
 
 def save_changed(path, training, change, vectors=None):
-    """A state whose record is what `change` returns, or has changed in place."""
+    """Save a state whose record is changed: in place by `change`, or to what it returns."""
     save_state(path, training)
     record = json.loads(map_tensors(path)[1]["record"])
     record = change(record) or record
@@ -50,26 +48,26 @@ def save_changed(path, training, change, vectors=None):
 
 
 def assert_refused(path, complaint):
-    """The state is damaged, or has settings that no training can have; one line says so."""
+    """One line says that the state is damaged, or has settings that no training can have."""
     with pytest.raises(ValueError, match=complaint) as raised:
         choose_settings({}, load_state(path).settings)
     assert len(str(raised.value).splitlines()) == 1
 
 
 NAMES = ("text", "step", "seconds", "best_step", "best_loss", "saved_step", "tables", "rows", "losses", "settings")
-ODD = {"null": None, "text": "x", "list": [[1, "a"]], "object": {"x": [None]}, "bool": True, "NaN": math.nan, "-1": -1,
-       "deep": json.loads("[" * 80 + "]" * 80)}  # fmt: skip
+INVALID = {"null": None, "text": "x", "list": [[1, "a"]], "object": {"x": [None]}, "bool": True, "NaN": math.nan,
+           "-1": -1, "deep": json.loads("[" * 80 + "]" * 80)}  # fmt: skip
 GOOD = {*product(("text", "encoder", "init_from"), ("text", "null")), ("max_steps", "null"), ("minutes", "null"),
         ("saved_step", "-1")} - {("text", "null")}  # fmt: skip
 
 
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("kind", INVALID)
 @pytest.mark.parametrize("name", [*NAMES, *vars(Settings())])
-def test_a_record_with_an_odd_value_is_refused_by_name(training, tmp_path, name, odd):
-    if (name, odd) not in GOOD:
-        new = {name: ODD[odd]}
+def test_an_error_names_an_invalid_value_in_a_record(training, tmp_path, name, kind):
+    if (name, kind) not in GOOD:
+        new = {name: INVALID[kind]}
         save_changed(tmp_path / "state", training, lambda r: (r if name in NAMES else r["settings"]).update(new))
-        assert_refused(tmp_path / "state", rf"state is damaged \(.*{name}.*\): train anew|^{name} must be")
+        assert_refused(tmp_path / "state", rf"state is damaged \(.*{name}.*\): train again|^{name} must be")
 
 
 @pytest.mark.parametrize("change", [
@@ -79,14 +77,14 @@ def test_a_record_with_an_odd_value_is_refused_by_name(training, tmp_path, name,
     lambda record: record["settings"].update(n_vocab=6), lambda record: record["settings"].pop("seed") and None,
     lambda record: record.update(seconds=10**400), lambda record: record.update(best_step=8),
 ])  # fmt: skip
-def test_a_record_that_lacks_something_or_has_too_much_is_refused(training, tmp_path, change):
+def test_a_record_with_missing_or_unknown_entries_is_refused(training, tmp_path, change):
     save_changed(tmp_path / "state", training, change)
-    assert_refused(tmp_path / "state", r"state is damaged \(.*\): train anew, with --overwrite")
+    assert_refused(tmp_path / "state", r"state is damaged \(.*\): train again, with --overwrite")
 
 
 @pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v[:, None], lambda v: v.astype(np.int8), None])
 @pytest.mark.parametrize("name", VECTORS)
-def test_a_vector_that_is_missing_or_of_another_length_or_type_is_refused_by_name(training, tmp_path, name, change):
+def test_an_error_names_a_vector_that_is_missing_or_does_not_fit(training, tmp_path, name, change):
     vectors = {other: v for other, v in training.vectors.items() if other != name}
     vectors |= {name: change(training.vectors[name])} if change else {}
     save_changed(tmp_path / "state", training, lambda record: None, vectors)

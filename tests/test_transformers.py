@@ -1,4 +1,4 @@
-"""transformers is the judge of what store/huggingface.py reads and export.py writes: same ids, logits and text."""
+"""What store/huggingface.py reads and export.py writes has the same ids, logits and text in transformers."""
 
 import pytest
 
@@ -16,7 +16,7 @@ CONFIG = hf.CONFIG | {"n_positions": 64}
 
 @pytest.fixture(autouse=True)
 def transformers():
-    pytest.importorskip("torch").set_num_threads(1)  # such models are slower with more
+    pytest.importorskip("torch").set_num_threads(1)  # small models are slower with more threads
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
@@ -34,7 +34,7 @@ def reference_model(config):
 
 
 def save_tokenizer(directory, layout, entries=()):
-    """The tokenizer of the tests as transformers writes it, or as tokenizer.json or the two older tables alone."""
+    """Write the tokenizer of the tests as transformers does, or only tokenizer.json, or only the two older tables."""
     from tokenizers import AddedToken
     from transformers import GPT2Tokenizer
 
@@ -51,7 +51,7 @@ def save_tokenizer(directory, layout, entries=()):
 
 
 def assert_as_transformers(directory, prompts=("def encode(self, text):", "the tokens of <|endoftext|> a", " 1")):
-    """The same token ids, logits and greedy text as transformers has from the same directory."""
+    """The model in `directory` has the same token ids, logits and greedy text in transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +62,7 @@ def assert_as_transformers(directory, prompts=("def encode(self, text):", "the t
     for prompt in prompts:
         ids = tokenizer(prompt)["input_ids"]
         assert encoder.encode(prompt, allow_special=True) == ids
-        if "«" not in prompt:  # which transformers takes for a byte, also in an added token
+        if "«" not in prompt:  # transformers reads « as a byte, even in an added token
             assert encoder.decode(ids) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         inputs = torch.tensor([ids])
         with torch.no_grad():
@@ -75,7 +75,7 @@ def assert_as_transformers(directory, prompts=("def encode(self, text):", "the t
 
 
 @pytest.mark.parametrize("variant", hf.VARIANTS)
-def test_each_variant_is_computed_as_transformers_does_also_when_exported(tmp_path, variant):
+def test_each_variant_and_its_export_match_transformers(tmp_path, variant):
     save_tokenizer(tmp_path, "transformers")
     reference_model(CONFIG | hf.VARIANTS[variant]).save_pretrained(tmp_path)
     assert_as_transformers(tmp_path)
@@ -87,7 +87,7 @@ def test_each_variant_is_computed_as_transformers_does_also_when_exported(tmp_pa
 @pytest.mark.parametrize("layout", ["transformers", "tokenizer.json", "tables"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("parts", ["whole", "shards", "no prefix"])
-def test_each_layout_is_read_as_transformers_does(tmp_path, layout, dtype, parts):
+def test_each_layout_matches_transformers(tmp_path, layout, dtype, parts):
     import torch
 
     save_tokenizer(tmp_path, layout)
@@ -98,13 +98,13 @@ def test_each_layout_is_read_as_transformers_does(tmp_path, layout, dtype, parts
     assert_as_transformers(tmp_path)
 
 
-def test_the_bundled_model_is_exported_as_transformers_reads_it(tmp_path):
+def test_the_exported_bundled_model_matches_transformers(tmp_path):
     export(str(BUNDLED), str(tmp_path / "out"))
     assert_as_transformers(tmp_path / "out", ["ROMEO:", "First Citizen:\nWe are <|endoftext|>", "\n"])
 
 
 @pytest.mark.parametrize("layout", ["transformers", "tokenizer.json"])
-def test_added_tokens_are_those_of_transformers_also_when_exported(tmp_path, layout):
+def test_added_tokens_and_their_export_match_transformers(tmp_path, layout):
     save_tokenizer(tmp_path, layout, hf.ADDED)
     reference_model(CONFIG | {"vocab_size": 311}).save_pretrained(tmp_path)
     export(str(tmp_path), str(tmp_path / "out"))
@@ -116,7 +116,7 @@ def test_added_tokens_are_those_of_transformers_also_when_exported(tmp_path, lay
     {}, {"hidden_size": 96, "n_embd": 48}, {"layer_norm_epsilon": 0.5, "n_inner": 7},
     {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2, "max_position_embeddings": 16},
 ], ids=str)  # fmt: skip
-def test_a_config_means_what_gpt2config_makes_of_it(transformers, tmp_path, config):
+def test_a_config_is_read_as_by_gpt2config(transformers, tmp_path, config):
     hf.write_json(tmp_path / "config.json", config)
     expected = transformers.GPT2Config.from_pretrained(tmp_path)
     found = huggingface.read_config(tmp_path / "config.json")
@@ -126,7 +126,7 @@ def test_a_config_means_what_gpt2config_makes_of_it(transformers, tmp_path, conf
 
 @pytest.mark.parametrize("layout", ["tables", "tokenizer.json"])
 @pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
-def test_a_token_of_the_vocabulary_is_special_where_it_is_named_so(transformers, tmp_path, layout, file):
+def test_other_files_make_tokens_of_the_vocabulary_special(transformers, tmp_path, layout, file):
     vocabulary = tiny_tables()[0] | {"<pad>": 300}
     hf.write(tmp_path, tokenizer=hf.tokenizer_json(vocab=vocabulary))
     if layout == "tables":

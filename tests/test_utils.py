@@ -1,4 +1,4 @@
-"""The door to models: what it opens, what it refuses, and what it does not import."""
+"""Opening and saving models: good ones, damaged ones, and what is not imported."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,6 @@ from store.tensors import WEIGHTS
 from utils import load_encoder_hparams_and_params, save_model
 
 FILES = ("encoder.json", "vocab.bpe", "hparams.json", WEIGHTS)
-
-
 STATES = {
     "missing": Path.unlink, "cut": lambda path: os.truncate(path, path.stat().st_size - 4),
     "empty": lambda path: path.write_bytes(b""), "garbage": lambda path: path.write_bytes(bytes(range(256)) * 20),
@@ -28,7 +26,7 @@ KINDS = dict.fromkeys(("a link to /dev/zero", "a pipe"), "it is not a file") | {
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_in_any_other_state_is_refused_by_name(tmp_path, file, state):
+def test_an_error_names_a_damaged_file(tmp_path, file, state):
     directory = write_model(tmp_path / "bad")
     STATES[state](directory / file)
     with pytest.raises((ValueError, OSError)) as raised:
@@ -40,7 +38,7 @@ def test_a_file_in_any_other_state_is_refused_by_name(tmp_path, file, state):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_that_cannot_be_read_is_named(permissions, tmp_path, file):
+def test_an_error_names_an_unreadable_file(permissions, tmp_path, file):
     directory = write_model(tmp_path / "bad")
     (directory / file).chmod(0)
     result = run("gpt2.py", "x", f"--model_size={directory}", preexec_fn=as_any_user)
@@ -53,7 +51,7 @@ def test_files_are_read_as_utf8_whatever_the_locale(tiny_model):
     assert run_code(code, str(tiny_model), env=env) == "300\n"
 
 
-def test_a_saved_model_opens_as_it_was(tmp_path, tiny_model):
+def test_a_saved_model_opens_unchanged(tmp_path, tiny_model):
     encoder, hparams, params = load_encoder_hparams_and_params(str(tiny_model))
     save_model(tmp_path / "new", encoder, hparams, params)
     assert {path.name for path in (tmp_path / "new").iterdir()} == set(FILES)
@@ -62,7 +60,7 @@ def test_a_saved_model_opens_as_it_was(tmp_path, tiny_model):
     assert_same_params(again[2], params)
 
 
-def test_libraries_that_a_run_does_not_need_are_not_imported(mirror, tmp_path):
+def test_unneeded_libraries_are_not_imported(mirror, tmp_path):
     code = """if True:
         import sys, utils
         utils.load_encoder_hparams_and_params("124M", sys.argv[1])

@@ -1,4 +1,4 @@
-"""A web server for the tests, that serves files as it should, or as told: late, cut short, changed, or not at all."""
+"""A web server for the tests. It serves files correctly or, if told so, late, cut short, changed or not at all."""
 
 import base64
 import contextlib
@@ -16,29 +16,29 @@ from helpers.processes import serving
 
 @dataclass
 class Answer:
-    """How one request is answered; left alone, well."""
+    """How one request is answered: correctly, unless a field says otherwise."""
 
-    status: int = 0  # other than what is right
-    reason: str | None = None  # the words beside the status
-    headers: dict[str, str] = field(default_factory=dict)  # besides the usual; None leaves a usual one out
-    body: bytes | None = field(default=None, repr=False)  # in place of the file's
+    status: int = 0  # instead of the right status
+    reason: str | None = None  # the words after the status
+    headers: dict[str, str] = field(default_factory=dict)  # in addition to the usual ones; None leaves one out
+    body: bytes | None = field(default=None, repr=False)  # instead of the file's bytes
     stop_after: int | None = None  # bytes of the body; then the connection is closed
-    then: str = "close"  # or "stall", or "reset", or "repeat" it to 256 MB
+    then: str = "close"  # or "stall", "reset", or "repeat" the body up to 256 MB
     ignore_range: bool = False
-    ignore_condition: bool = False  # send the range even if the file is another than the one asked for
+    ignore_condition: bool = False  # send the range even if the file has changed
 
 
+@dataclass
 class Server:
-    """`files` by path. `answers` are for the next requests; then all is well. `requests` are those that came."""
+    """Answers requests for `files` with the next of `answers`, correctly if there is none; records the `requests`."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.answers: list[Answer] = []
-        self.requests: list[tuple[str, dict[str, str]]] = []
-        self.validator = "ETag"  # or "weak", or "Last-Modified", or "": what tells a changed file
-        self.pause = 0.0  # seconds, in the middle of each answer
-        self.url = ""
-        self.over = threading.Event()
+    files: dict[str, bytes] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    validator: str = "ETag"  # or "weak", "Last-Modified" or "": what tells that a file has changed
+    pause: float = 0.0  # seconds, in the middle of each answer
+    url: str = ""
+    over: threading.Event = field(default_factory=threading.Event)
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.requests]
@@ -60,7 +60,7 @@ def make_handler(server: Server) -> type:
         def do_GET(self):
             server.requests.append((self.path, dict(self.headers)))
             answer = server.answers.pop(0) if server.answers else Answer()
-            path = re.sub("^http://[^/]*", "", self.path)  # of a request to a proxy
+            path = re.sub("^http://[^/]*", "", self.path)  # a request to a proxy
             body = server.files.get(path) if answer.body is None else answer.body
             if body is None:
                 answer, body = Answer(status=404, headers=answer.headers), b"there is no such file"
@@ -94,11 +94,10 @@ def make_handler(server: Server) -> type:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
 
-        def log_message(self, *args):
-            pass
+        log_message = staticmethod(lambda *args: None)
 
         def finish(self):
-            with contextlib.suppress(OSError, ValueError):  # of a connection that was reset
+            with contextlib.suppress(OSError, ValueError):  # the connection was reset
                 super().finish()
 
     return Handler
@@ -107,11 +106,9 @@ def make_handler(server: Server) -> type:
 @contextlib.contextmanager
 def faulty_server() -> Iterator[Server]:
     server = Server()
-    with serving(make_handler(server)) as server.url:
-        try:
-            yield server
-        finally:
-            server.over.set()
+    with serving(make_handler(server)) as server.url, contextlib.ExitStack() as stack:
+        stack.callback(server.over.set)
+        yield server
 
 
 def md5_header(body: bytes) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What transformers' GPT2LMHeadModel computes: live, and as recorded in tests/golden.npz by dev/make_golden.py.
+"""The results of transformers' GPT2LMHeadModel: computed now, or recorded in tests/golden.npz by dev/make_golden.py.
 
-The weights and inputs are drawn again from their seeds, by a generator whose numbers NumPy has promised not to change.
+Weights and inputs come from seeds and from a random generator that NumPy promises never to change.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     @property
     def positions(self) -> list[int]:
-        """Where the logits are kept: at the beginning, in the middle and at the end."""
+        """The positions whose logits are recorded: the first, the middle and the last."""
         return sorted({0, self.n_seq // 2, self.n_seq - 1})
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ CASES = [
     Case(1, 48, 1, 16, 1), Case(1, 48, 3, 16, 16), Case(2, 48, 12, 64, 33), Case(12, 96, 6, 64, 64),
     Case(3, 192, 4, 1024, 1000), Case(2, 768, 12, 128, 100),
 ]  # fmt: skip
-TRACED = Case(2, 48, 3, 16, 10)  # a case of which all that happens inside is kept
+TRACED = Case(2, 48, 3, 16, 10)  # all intermediate results of this case are recorded
 GRADIENT_HPARAMS = {"n_vocab": 60, "n_ctx": 12, "n_embd": 16, "n_head": 4, "n_layer": 2}
 
 
@@ -72,24 +72,24 @@ def reference_model(hparams: dict, params: dict):
 
 
 def reference_trace(case: Case, params: dict) -> dict[str, np.ndarray]:
-    """What a model computes on the way to its logits, by the names of lens.py."""
+    """The intermediate results of a model, named as in lens.py."""
     import torch
 
     model = reference_model(case.hparams, params)
-    model.set_attn_implementation("eager")  # others do not return the weights
-    found = {"mha": [], "ffn": [], "activations": []}
+    model.set_attn_implementation("eager")  # other implementations do not return attention weights
+    hooked = {"mha": [], "ffn": [], "activations": []}
     for block in model.transformer.h:
-        block.attn.register_forward_hook(lambda module, inputs, output: found["mha"].append(output[0]))
-        block.mlp.register_forward_hook(lambda module, inputs, output: found["ffn"].append(output))
-        block.mlp.act.register_forward_hook(lambda module, inputs, output: found["activations"].append(output))
-    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: found.update(last=inputs[0]))
+        block.attn.register_forward_hook(lambda module, inputs, output: hooked["mha"].append(output[0]))
+        block.mlp.register_forward_hook(lambda module, inputs, output: hooked["ffn"].append(output))
+        block.mlp.act.register_forward_hook(lambda module, inputs, output: hooked["activations"].append(output))
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: hooked.update(last=inputs[0]))
     with torch.no_grad():
         output = model(torch.tensor(inputs_of(case))[None], output_hidden_states=True, output_attentions=True)
     *residual, hidden_states = output.hidden_states
     return {
-        **{name: torch.stack(found[name])[:, 0].numpy() for name in ("mha", "ffn", "activations")},
+        **{name: torch.stack(hooked[name])[:, 0].numpy() for name in ("mha", "ffn", "activations")},
         "attention": torch.stack(output.attentions)[:, 0].numpy(),
-        "residual": torch.stack([*residual, found["last"]])[:, 0].numpy(),
+        "residual": torch.stack([*residual, hooked["last"]])[:, 0].numpy(),
         "hidden_states": hidden_states[0].numpy(),
         "logits": output.logits[0].numpy(),
     }

@@ -1,4 +1,4 @@
-"""A stand-in of Hugging Face's hub, with one model, for huggingface_hub in a process of its own."""
+"""A stand-in for Hugging Face's hub with one model, for huggingface_hub in a separate process."""
 
 import json
 import os
@@ -10,7 +10,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`files` of the model owner/model; `status` and `code` answer all instead; `requests` are those that came."""
+    """Serves the `files` of owner/model, or answers everything with `status` and `code`; records the `requests`."""
 
     def __init__(self, directory):
         self.files, self.requests, self.status, self.code, self.url = {}, [], 0, "", ""
@@ -23,7 +23,7 @@ class Hub:
         self.files |= {path.name: path.read_bytes() for path in directory.iterdir()}
 
     def fetched(self):
-        """The files that were sent, each time."""
+        """The names of the files that were sent, in order."""
         paths = [path for command, path, _ in self.requests if command == "GET" and "/resolve/" in path]
         return [path.rpartition("/")[2] for path in paths]
 
@@ -63,7 +63,6 @@ def make_handler(hub):
 
         do_HEAD = do_GET
 
-        def log_message(self, *args):
-            pass
+        log_message = staticmethod(lambda *args: None)
 
     return Handler

@@ -1,4 +1,4 @@
-"""Small model directories in the layout of transformers, whole or with what a test asks for."""
+"""Small model directories in the layout of transformers, with the changes that a test asks for."""
 
 import json
 
@@ -43,7 +43,7 @@ ADDED = [
     added(307, "ab", special=False), added(308, "abc", special=False),
     added(309, "<word>", single_word=True, lstrip=True), added(310, "<w>", single_word=True, rstrip=True),
 ]  # fmt: skip
-# Texts, and what the tokens of ADDED cut them into: ids of those, and ordinary text between them.
+# Texts, and how the tokens of ADDED split them: into ids of those tokens, and ordinary text between them.
 SEGMENTS = [
     ("a<pad>b <pad>", ["a", 300, "b ", 300]), ("<|endoftext|><pad>\n", [299, 300, "\n"]),
     ("a  \n<mask> b", ["a", 301, " b"]), ("\t <mask><mask> <mask>", [301, 301, 301]),
@@ -63,7 +63,7 @@ def tensors_for(config, seed=0):
     if config.get("tie_word_embeddings") is False:
         tensors["lm_head.weight"] = random_params(hparams, seed + 1)["wte"]
     for name in tensors.keys() & {"wte.weight", "lm_head.weight"}:
-        tensors[name][300:] *= 0.1  # padding that greedy text does not come upon
+        tensors[name][300:] *= 0.1  # so that greedy text has no token of the padding
     return tensors
 
 
@@ -93,7 +93,7 @@ def write_json(path, value):
 
 
 def write(directory, config=None, tensors=None, tokenizer=None):
-    """A directory with CONFIG, or with `config` instead where it says otherwise."""
+    """A complete model directory, whose config.json is CONFIG updated with `config`."""
     directory.mkdir(parents=True, exist_ok=True)
     config = CONFIG | (config or {})
     write_json(directory / "config.json", config)
@@ -112,7 +112,7 @@ def write_older_tables(directory, vocabulary=None):
 
 
 def write_shards(directory, tensors, n=2, stem="model", suffix="safetensors", save=save_file):
-    """The weights as `n` files and an index, of which this is the path, instead of one file."""
+    """Write the weights as `n` files and an index, in place of one file; return the path of the index."""
     (directory / f"{stem}.{suffix}").unlink(missing_ok=True)
     names, places = list(tensors), {}
     for i in range(n):
@@ -129,7 +129,7 @@ def load(directory):
 
 
 def assert_tensors(directory, expected):
-    """The directory loads as a model that has these tensors, and no eps of its own."""
+    """The directory loads as a model with just these tensors, and without an eps of its own."""
     assert_same_params(flatten(load(directory)[2], tensor_name), expected)
 
 

@@ -30,7 +30,7 @@ def data_file(name: str) -> Path:
 
 
 def random_params(hparams: dict, seed: int = 0, dtype: type = np.float32) -> dict:
-    """Weights so large that every part of the model matters. RandomState never changes, so the golden files hold."""
+    """Weights so large that every part of the model matters. RandomState never changes, so golden files stay valid."""
     random = np.random.RandomState(seed)
 
     def draw(path: tuple, shape: tuple) -> np.ndarray:
@@ -68,7 +68,7 @@ def tiny_tables(n_vocab: int = 300) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def write_tables(directory: Path, n_vocab: int = 300, hparams: dict = TINY) -> None:
-    """The small files of a model, in a directory that need not be there."""
+    """Write the small files of a model. The directory is made if it is missing."""
     encoder, merges = tiny_tables(n_vocab)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")

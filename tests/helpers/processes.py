@@ -1,4 +1,4 @@
-"""The project's scripts as processes, signals, permissions, and a server."""
+"""Run the project's scripts as processes, send signals, drop permissions, and serve HTTP."""
 
 import contextlib
 import ctypes
@@ -34,28 +34,28 @@ def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def start(script: str, *arguments: str, **options) -> subprocess.Popen:
-    """Begin to run one of the project's scripts, for `interrupt` or to be killed; what it prints goes into pipes."""
-    if os.name == "posix":  # background jobs of a shell ignore Ctrl-C, and so would their children
+    """Start one of the project's scripts, to interrupt or kill it later. Its output goes into pipes."""
+    if os.name == "posix":  # a shell's background jobs ignore Ctrl-C, and their children would inherit that
         options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def run_code(code: str, *arguments: str, **options) -> str:
-    """What Python code prints that can import the project's modules, in a process of its own; it must not fail."""
+    """The output of Python code that runs in a new process and can import the project's modules. It must not fail."""
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **{"cwd": ROOT, **options}).stdout
 
 
 def error_line(result: subprocess.CompletedProcess) -> str:
-    """The one line that a process has printed that ended with status 1."""
+    """The one line that a process printed before it ended with status 1."""
     assert (result.returncode, result.stdout) == (1, b""), result
     (line,) = result.stderr.decode().splitlines()
     return line
 
 
 def interrupt(process: subprocess.Popen, timeout: float = 20, sent: int = signal.SIGINT) -> tuple[bytes, bytes]:
-    """Press Ctrl-C; what the process has still printed, and its errors, if it ends in time."""
+    """Press Ctrl-C and return the rest of the output and of the errors. The process must end in time."""
     process.send_signal(sent)
     try:
         return process.communicate(timeout=timeout)
@@ -64,7 +64,7 @@ def interrupt(process: subprocess.Popen, timeout: float = 20, sent: int = signal
 
 
 def as_any_user() -> None:
-    """For `preexec_fn`: have the permissions of files hold for root too, as they do for others (on Linux)."""
+    """For `preexec_fn`: make file permissions apply to root as they do to other users (on Linux)."""
     if os.geteuid() == 0:
         for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
